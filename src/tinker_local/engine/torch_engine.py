@@ -1,0 +1,141 @@
+"""TorchEngine: the operations of `tinker_local.ops` on PyTorch."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinker_local.engine import checkpoints, gradients, lora, sampler
+from tinker_local.engine.base_model import BaseModel, context_length
+from tinker_local.engine.hardware import DtypeName, keep_freed_memory, pick_device, pick_dtype
+from tinker_local.engine.optimizer import AdamW
+from tinker_local.errors import NotFoundError, UserInputError
+from tinker_local.ops import (
+    AdamParams,
+    BaseModelInfo,
+    BaseWeights,
+    ForwardBackward,
+    LoraSpec,
+    LossOutput,
+    Sample,
+    SampleOutput,
+    SamplerWeights,
+)
+
+_SAVED_ADAPTERS_KEPT = 4  # 45 MB each at rank 32 of a 135M-parameter model
+MAX_RANK = 512
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A training client's share of the engine."""
+
+    base: BaseModel
+    adapter: lora.Adapter
+    optimizer: AdamW
+
+
+class TorchEngine:
+    """Trains and samples the given base models, each loaded when it is first needed.
+
+    Not thread-safe: one call at a time.
+    """
+
+    def __init__(self, models: Mapping[str, Path], dtype: DtypeName = "auto") -> None:
+        keep_freed_memory()
+        self._infos = {
+            name: BaseModelInfo(name, folder, context_length(folder))
+            for name, folder in models.items()
+        }
+        self.device = pick_device()
+        self.dtype = pick_dtype(dtype, self.device)
+        self._bases: dict[str, BaseModel] = {}
+        self._trained: dict[str, _Trained] = {}
+        self._saved: OrderedDict[tuple[Path, int], lora.Adapter] = OrderedDict()
+
+    def base_models(self) -> Sequence[BaseModelInfo]:
+        return list(self._infos.values())
+
+    def create_model(self, model_id: str, base_model: str, lora_spec: LoraSpec) -> None:
+        if not 1 <= lora_spec.rank <= MAX_RANK:
+            raise UserInputError(f"rank {lora_spec.rank} is out of range.", f"Use 1 to {MAX_RANK}.")
+        base = self._base(base_model)
+        adapter = lora.new_adapter(base.layers, lora_spec)
+        if not adapter.factors:
+            raise UserInputError(
+                "Nothing would be trained.", "Set train_mlp, train_attn or train_unembed."
+            )
+        self._trained[model_id] = _Trained(base, adapter, AdamW(adapter.parameters()))
+
+    def load_model(self, model_id: str, base_model: str, folder: Path, *, optimizer: bool) -> None:
+        base = self._base(base_model)
+        adapter = checkpoints.load_adapter(folder, base.layers, trainable=True)
+        trained = _Trained(base, adapter, AdamW(adapter.parameters()))
+        if optimizer:
+            checkpoints.load_optimizer(trained.optimizer, folder, base.device)
+        self._trained[model_id] = trained
+
+    def drop_model(self, model_id: str) -> None:
+        self._trained.pop(model_id, None)
+
+    def forward_backward(self, op: ForwardBackward) -> LossOutput:
+        trained = self._trained_model(op.model_id)
+        gradients.check(op, trained.base)
+        with lora.active(trained.base.layers, trained.adapter):
+            return gradients.run(op, trained.base, trained.adapter.parameters())
+
+    def drop_gradient(self, model_id: str) -> None:
+        for parameter in self._trained_model(model_id).adapter.parameters():
+            parameter.grad = None
+
+    def optim_step(self, model_id: str, params: AdamParams) -> Mapping[str, float]:
+        return self._trained_model(model_id).optimizer.step(params)
+
+    def save_state(self, model_id: str, folder: Path) -> None:
+        trained = self._trained_model(model_id)
+        checkpoints.save_adapter(trained.adapter, trained.base.info.name, folder)
+        checkpoints.save_optimizer(trained.optimizer, folder)
+
+    def save_sampler(self, model_id: str, folder: Path) -> None:
+        trained = self._trained_model(model_id)
+        checkpoints.save_adapter(trained.adapter, trained.base.info.name, folder)
+
+    def sample(self, op: Sample, is_cancelled: Callable[[], bool]) -> SampleOutput:
+        base = self._base(op.weights.base_model)
+        sampler.check(op, base)
+        with lora.active(base.layers, self._adapter(op.weights, base)):
+            return sampler.run(op, base, is_cancelled)
+
+    def _base(self, name: str) -> BaseModel:
+        if name not in self._infos:
+            served = ", ".join(self._infos)
+            raise UserInputError(
+                f"The base model {name!r} is not served here.", f"Use one of: {served}."
+            )
+        if name not in self._bases:
+            self._bases[name] = BaseModel(self._infos[name], self.dtype, self.device)
+        return self._bases[name]
+
+    def _trained_model(self, model_id: str) -> _Trained:
+        if model_id not in self._trained:
+            raise NotFoundError(
+                f"No training client {model_id!r} is in memory.",
+                "Create one, from its last saved state if there is one.",
+            )
+        return self._trained[model_id]
+
+    def _adapter(self, weights: SamplerWeights, base: BaseModel) -> lora.Adapter | None:
+        """The adapter to sample with; the least recently used ones are read from disk again."""
+        if isinstance(weights, BaseWeights):
+            return None
+        key = (weights.folder, checkpoints.version(weights.folder))
+        if key not in self._saved:
+            self._saved[key] = checkpoints.load_adapter(
+                weights.folder, base.layers, trainable=False
+            )
+        self._saved.move_to_end(key)
+        while len(self._saved) > _SAVED_ADAPTERS_KEPT:
+            self._saved.popitem(last=False)
+        return self._saved[key]

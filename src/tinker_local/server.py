@@ -1,0 +1,149 @@
+"""One running server: models, engine, socket, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from tinker_local import running, weights
+from tinker_local.engine.hardware import DtypeName
+from tinker_local.errors import UserInputError
+from tinker_local.service.guard import Guard
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What `tinker-local serve` was asked for."""
+
+    models: Sequence[str]
+    host: str
+    port: int
+    state_dir: Path
+    dtype: DtypeName
+    idle_exit_s: float
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve until a signal comes or, with `idle_exit_s`, nobody has asked for so long.
+
+    Prints one JSON line to stdout when it is ready.
+
+    Raises:
+        LocalError: A model, the address or the state directory cannot be had.
+    """
+    with _claimed(options.state_dir):
+        cache = weights.cache_dir()
+        models = [
+            weights.resolve_model(spec, cache, progress=weights.stderr_progress)
+            for spec in options.models
+        ]
+        listener = _listen(options.host, options.port)
+        host, port = listener.getsockname()[:2]
+        base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        api_key = f"tml-local-{secrets.token_urlsafe(24)}"
+        note = running.RunningServer(
+            base_url=base_url,
+            api_key=api_key,
+            pid=os.getpid(),
+            models=[model.name for model in models],
+            env={
+                "TINKER_BASE_URL": base_url,
+                "TINKER_API_KEY": api_key,
+                "HF_HOME": str(weights.hf_home(cache)),
+                "HF_HUB_OFFLINE": "1",
+            },
+        )
+        # Imported here: torch and transformers take seconds, and a wrong argument none.
+        from tinker_local.engine import TorchEngine
+        from tinker_local.service import create_app
+
+        engine = TorchEngine({model.name: model.folder for model in models}, options.dtype)
+        app = Guard(create_app(engine, options.state_dir), api_key)
+        asyncio.run(_run(app, listener, note, options))
+
+
+class _AnnouncedServer(uvicorn.Server):
+    """Tells where it is as soon as it accepts connections."""
+
+    def __init__(self, app: Guard, note: running.RunningServer, state_dir: Path) -> None:
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
+        super().__init__(config)
+        self._note = note
+        self._state_dir = state_dir
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            running.publish(self._state_dir, self._note)
+            sys.stdout.write(self._note.ready_line() + "\n")
+            sys.stdout.flush()
+
+
+async def _run(
+    app: Guard, listener: socket.socket, note: running.RunningServer, options: ServeOptions
+) -> None:
+    server = _AnnouncedServer(app, note, options.state_dir)
+    idle = asyncio.create_task(_exit_when_idle(app, server, options.idle_exit_s))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        idle.cancel()
+
+
+async def _exit_when_idle(app: Guard, server: uvicorn.Server, idle_exit_s: float) -> None:
+    """An open session sends a heartbeat every 10 s, so silence means that nobody is there."""
+    while idle_exit_s > 0:
+        await asyncio.sleep(min(idle_exit_s / 4, 10))
+        if time.monotonic() - app.used_at > idle_exit_s:
+            server.should_exit = True
+            return
+
+
+@contextlib.contextmanager
+def _claimed(state_dir: Path) -> Iterator[None]:
+    lock = running.claim(state_dir)
+    # uvicorn raises the signal again once it has shut down; by default that ends the process
+    # before the note is withdrawn.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        running.withdraw(state_dir)
+        lock.release()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback:
+        raise UserInputError(
+            f"--host {host} is no loopback address.",
+            "tinker-local serves this machine only: use 127.0.0.1 or ::1.",
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With the protocol named, asyncio turns Nagle's algorithm off; else each answer waits 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise UserInputError(
+            f"Cannot listen on {host}:{port}: {error.strerror}.",
+            "Use --port 0, which finds a free one.",
+        ) from None
+    listener.listen(128)
+    return listener

@@ -1,0 +1,5 @@
+"""`python -m tinker_mcp` is `tinker-mcp`."""
+
+from tinker_mcp.cli import main
+
+main()

@@ -1,0 +1,118 @@
+"""How a function becomes a tool: strict arguments, annotations, errors as text.
+
+This is the only place that turns an exception into words for the agent.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
+from mcp.server.mcpserver.tools import Tool
+from mcp_types import ToolAnnotations
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from tinker_mcp.errors import TinkerMcpError
+
+log = structlog.get_logger()
+
+MAX_ERROR_CHARACTERS = 1500
+
+
+@dataclass(frozen=True)
+class ToolSpec:
+    """A function and what hosts are told of it beside its docstring and types."""
+
+    fn: Callable[..., Any]
+    title: str
+    annotations: ToolAnnotations
+
+
+def reads(fn: Callable[..., Any], title: str) -> ToolSpec:
+    """A tool that changes nothing."""
+    hints = ToolAnnotations(
+        read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=True
+    )
+    return ToolSpec(fn, title, hints)
+
+
+def changes(fn: Callable[..., Any], title: str) -> ToolSpec:
+    """A tool that creates or trains something, and destroys nothing."""
+    hints = ToolAnnotations(
+        read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=True
+    )
+    return ToolSpec(fn, title, hints)
+
+
+class _Forbidding(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class StrictTool(Tool):
+    """A tool that refuses unknown arguments and explains its errors."""
+
+    @classmethod
+    def of(cls, spec: ToolSpec) -> Tool:
+        """Make the tool of a specification."""
+        tool = cls.from_function(
+            spec.fn,
+            title=spec.title,
+            description=inspect.getdoc(spec.fn),
+            annotations=spec.annotations,
+        )
+        loose = tool.fn_metadata.arg_model
+        strict = create_model(loose.__name__, __base__=(_Forbidding, loose), __doc__=loose.__doc__)
+        tool.fn_metadata.arg_model = strict
+        tool.parameters = strict.model_json_schema(by_alias=True)
+        return tool
+
+    async def run(
+        self, arguments: dict[str, Any], context: Any, convert_result: bool = False
+    ) -> Any:
+        try:
+            validated = self.fn_metadata.validate_arguments(arguments)
+        except ValidationError as error:
+            raise ToolError(self._explain(error)) from error
+        extra = {self.context_kwarg: context} if self.context_kwarg else {}
+        try:
+            result = await self.fn_metadata.call_fn(self.fn, self.is_async, validated, extra)
+            return self.fn_metadata.convert_result(result) if convert_result else result
+        except TinkerMcpError as error:
+            raise ToolError(told(error)) from error
+        except Exception as error:
+            log.error("tool_crashed", tool=self.name, exc_info=error)
+            raise UnexpectedToolError(
+                f"internal: {self.name} failed unexpectedly ({type(error).__name__}). "
+                "This is a fault of tinker-mcp; its log (stderr) has the details. "
+                "Call check_setup, then try again."
+            ) from error
+
+    def _explain(self, error: ValidationError) -> str:
+        known = list(self.parameters.get("properties", {}))
+        lines = [_problem(item, known) for item in error.errors()]
+        return _cut(f"invalid_input: {self.name}: " + "; ".join(lines))
+
+
+def told(error: TinkerMcpError) -> str:
+    """The code, the problem and the next step."""
+    return _cut(f"{error.code}: {error.problem} {error.next_step}".rstrip())
+
+
+def _problem(item: Any, known: list[str]) -> str:
+    name = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}."
+        return f"unknown argument {name!r}; {hint}"
+    if item["type"] == "missing":
+        return f"the argument {name!r} is missing."
+    return f"{name}={item['input']!r:.80}: {item['msg']}."
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_ERROR_CHARACTERS else text[: MAX_ERROR_CHARACTERS - 3] + "..."

@@ -1,0 +1,34 @@
+"""What the tools share: arguments, and the habits of their replies.
+
+Each reply is a pydantic model whose last field is `next_step`, the next sensible call.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+from mcp.server.mcpserver import Context
+from pydantic import Field
+
+from tinker_mcp.training.clients import Workspace
+
+ToolContext: TypeAlias = Context[Workspace]
+
+ClientId = Annotated[str, Field(description='A training client\'s handle, such as "client-1".')]
+DataId = Annotated[str, Field(description='A handle from build_datums, such as "data-1".')]
+LearningRate = Annotated[
+    float, Field(gt=0, description="Adam's learning rate; list_models advises one with its source.")
+]
+
+
+def workspace_of(ctx: ToolContext) -> Workspace:
+    workspace: Workspace = ctx.request_context.lifespan_context
+    return workspace
+
+
+STILL_RUNNING = "Still running, nothing is lost: call {tool} again with the same arguments."
+
+
+def rounded(value: float, digits: int = 4) -> float:
+    """A number short enough to read."""
+    return float(f"{value:.{digits}g}")

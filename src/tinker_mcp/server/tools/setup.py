@@ -1,0 +1,157 @@
+"""check_setup and list_models."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from pathlib import Path
+
+import anyio.to_thread
+from pydantic import BaseModel
+
+from tinker_mcp.server.tools.replies import ToolContext, rounded, workspace_of
+from tinker_mcp.settings import Settings
+from tinker_mcp.training import models, rendering, sdk_errors
+from tinker_mcp.training.backend import Backend
+
+_PACKAGES = ("tinker-mcp", "tinker", "tinker-cookbook", "mcp", "torch", "transformers")
+_FREE_BYTES_WANTED = 3 * 2**30  # the default model, its conversion and some checkpoints
+
+
+class Problem(BaseModel):
+    problem: str
+    fix: str
+
+
+class Setup(BaseModel):
+    backend: str
+    backend_state: str
+    has_api_key: bool
+    versions: dict[str, str]
+    state_folder: str
+    model_cache: str
+    free_disk_bytes: int
+    problems: list[Problem]
+    next_step: str
+
+
+class Model(BaseModel):
+    name: str
+    max_context_length: int
+    renderer: str | None
+    renderer_source: str
+    learning_rate: float
+    learning_rate_source: str
+
+
+class Models(BaseModel):
+    backend: str
+    models: list[Model]
+    next_step: str
+
+
+async def check_setup(ctx: ToolContext) -> Setup:
+    """Check versions, backend, API key, disk. Changes nothing, costs nothing, starts nothing.
+
+    Call it first, and whenever another tool reports a backend error. Each problem comes with its
+    fix. Next: list_models.
+    """
+    connector = workspace_of(ctx).connector
+    settings = connector.settings
+    backend = connector.running()
+    state, problems = await _reach(settings, backend)
+    free = shutil.disk_usage(_existing(settings.local_cache)).free
+    if free < _FREE_BYTES_WANTED:
+        problems.append(
+            Problem(
+                problem=f"Only {free / 2**30:.1f} GiB are free at {settings.local_cache}.",
+                fix="Free some, or set TINKER_LOCAL_CACHE and TINKER_MCP_HOME to a larger disk.",
+            )
+        )
+    return Setup(
+        backend=_label(settings, backend),
+        backend_state=state,
+        has_api_key=settings.api_key is not None,
+        versions={"python": platform.python_version(), **_versions()},
+        state_folder=str(settings.home),
+        model_cache=str(settings.local_cache),
+        free_disk_bytes=free,
+        problems=problems,
+        next_step="Mend the problems listed, then check again."
+        if problems
+        else "Call list_models.",
+    )
+
+
+async def list_models(ctx: ToolContext) -> Models:
+    """List the models that can be trained, with context length, renderer and learning-rate advice.
+
+    Starts the local backend if that is the one in use (seconds; the first time ever it fetches a
+    model, which takes longer). Costs nothing. Next: build_datums with one of the names.
+    """
+    backend, rest = await workspace_of(ctx).rest()
+    with sdk_errors.told():
+        capabilities = await rest.get_server_capabilities()
+    served = [m for m in capabilities.supported_models if m.model_name and m.trainable is not False]
+    described = [
+        await anyio.to_thread.run_sync(
+            _describe, backend, str(m.model_name), m.max_context_length or 0
+        )
+        for m in served
+    ]
+    first = described[0].name if described else "..."
+    return Models(
+        backend=backend.label,
+        models=described,
+        next_step=f'Call build_datums(path=..., base_model="{first}", eval_share=0.1).',
+    )
+
+
+async def _reach(settings: Settings, backend: Backend | None) -> tuple[str, list[Problem]]:
+    if backend is None or (settings.is_local and not await backend.is_healthy()):
+        return "not running; starts when it is first needed", []
+    if settings.is_local:
+        return "running", []
+    if settings.api_key is None:
+        fix = "Make a key at tinker-console.thinkingmachines.ai, or use --backend local."
+        return "not tried", [Problem(problem="TINKER_API_KEY is not set.", fix=fix)]
+    refusal = await backend.refusal()
+    if refusal is None:
+        return "reachable", []
+    fix = "Check TINKER_API_KEY, TINKER_BASE_URL and the network; or use --backend local."
+    return "unreachable", [Problem(problem=f"{backend.label}: {refusal}.", fix=fix)]
+
+
+def _label(settings: Settings, backend: Backend | None) -> str:
+    if backend is not None:
+        return backend.label
+    return "local" if settings.is_local else "hosted"
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself or the nearest one above it that exists."""
+    return folder if folder.exists() else _existing(folder.parent)
+
+
+def _describe(backend: Backend, name: str, max_context_length: int) -> Model:
+    rate = models.learning_rate(name)
+    renderer = rendering.advice(backend, name)
+    return Model(
+        name=name,
+        max_context_length=max_context_length,
+        renderer=None if renderer is None else str(renderer.value),
+        renderer_source="the tokenizer cannot be loaded" if renderer is None else renderer.source,
+        learning_rate=rounded(float(rate.value)),
+        learning_rate_source=rate.source,
+    )

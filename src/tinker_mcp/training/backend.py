@@ -1,0 +1,176 @@
+"""Which Tinker backend is used, and whether it is there.
+
+The local one is a process of its own, `python -m tinker_local serve`, shared by all processes of
+a user through the note `server.json` that it keeps in its state directory. It ends by itself when
+nobody has used it for a while.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import anyio
+import anyio.to_thread
+import httpx
+import structlog
+
+from tinker_mcp.errors import BackendStartingError, BackendUnreachableError, InvalidInputError
+from tinker_mcp.settings import HOSTED_URL, LOCAL_IDLE_EXIT_S, Settings
+
+log = structlog.get_logger()
+
+HEALTH_TIMEOUT_S = 2.5
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One Tinker service that was seen to answer.
+
+    Attributes:
+        hub_cache: Where the local backend keeps its tokenizers, in the layout of a Hugging Face
+            hub cache; None where names resolve as usual.
+    """
+
+    kind: Literal["local", "hosted"]
+    base_url: str
+    api_key: str | None = field(repr=False)
+    hub_cache: Path | None = None
+
+    @property
+    def label(self) -> str:
+        """How replies name it."""
+        return f"{self.kind} ({urlsplit(self.base_url).netloc})"
+
+    async def is_healthy(self) -> bool:
+        """Whether it answers within HEALTH_TIMEOUT_S. Any answer below 500 counts."""
+        try:
+            async with httpx.AsyncClient(timeout=HEALTH_TIMEOUT_S) as http:
+                answer = await http.get(f"{self.base_url}/api/v1/healthz")
+        except httpx.HTTPError:
+            return False
+        return answer.status_code < httpx.codes.INTERNAL_SERVER_ERROR
+
+    async def refusal(self) -> str | None:
+        """Why an authenticated request fails, or None when it succeeds."""
+        headers = {} if self.api_key is None else {"X-API-Key": self.api_key}
+        url = f"{self.base_url}/api/v1/get_server_capabilities"
+        try:
+            async with httpx.AsyncClient(timeout=HEALTH_TIMEOUT_S) as http:
+                answer = await http.get(url, headers=headers)
+        except httpx.HTTPError as error:
+            return f"no answer ({type(error).__name__})"
+        if answer.status_code in (401, 403):
+            return f"the API key was refused (HTTP {answer.status_code})"
+        return None if answer.is_success else f"HTTP {answer.status_code}"
+
+
+class BackendConnector:
+    """Leads to the backend that the settings mean; starts the local one when it is needed."""
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str] = os.environ) -> None:
+        self.settings = settings
+        self._environ = environ
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = anyio.Lock()
+
+    def running(self) -> Backend | None:
+        """The backend as far as it is known without starting anything."""
+        if self.settings.is_local:
+            return self._noted()
+        return Backend("hosted", self.settings.base_url or HOSTED_URL, self.settings.api_key)
+
+    async def connect(self) -> Backend:
+        """The backend, alive.
+
+        Raises:
+            BackendStartingError: The local one is not ready within the call's limit.
+            BackendUnreachableError: It does not answer, or cannot be started.
+            InvalidInputError: The hosted service is meant but no key is set.
+        """
+        backend = self.running()
+        if not self.settings.is_local and self.settings.api_key is None:
+            raise InvalidInputError(
+                "TINKER_API_KEY is not set, and the hosted backend needs it.",
+                next_step="Set it and restart the server, or use --backend local.",
+            )
+        if backend is not None and await backend.is_healthy():
+            return backend
+        if self.settings.is_local:
+            return await self._start()
+        raise unreachable(self.running())
+
+    async def _start(self) -> Backend:
+        deadline = time.monotonic() + self.settings.call_limit_s
+        async with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = await anyio.to_thread.run_sync(self._spawn)
+        while time.monotonic() < deadline:
+            backend = self._noted()
+            if backend is not None and await backend.is_healthy():
+                return backend
+            if self._process.poll() not in (None, 0) and not self._another_has_it():
+                raise BackendUnreachableError(
+                    f"The local backend could not start: {self._last_words()}",
+                    next_step="Mend that, then call again; check_setup shows more.",
+                )
+            await anyio.sleep(_POLL_S)
+        raise BackendStartingError(
+            f"The local backend is still being prepared ({self._last_words()}).",
+            next_step="Nothing is lost: call again in 20 s.",
+        )
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        folder = self.settings.local_state_dir
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        command = [sys.executable, "-m", "tinker_local", "serve", "--state-dir", str(folder)]
+        command += ["--idle-exit-s", str(LOCAL_IDLE_EXIT_S)]
+        environ = {**self._environ, "TINKER_LOCAL_CACHE": str(self.settings.local_cache)}
+        log.info("starting_local_backend", state_dir=str(folder))
+        with (folder / "server.log").open("wb") as output:
+            # Not stdout: its ready line carries the key. The note has it, for its owner only.
+            return subprocess.Popen(
+                command,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def _noted(self) -> Backend | None:
+        try:
+            note = json.loads((self.settings.local_state_dir / "server.json").read_text())
+        except (OSError, ValueError):
+            return None
+        hub_cache = Path(note["env"]["HF_HOME"]) / "hub"
+        return Backend("local", note["base_url"], note["api_key"], hub_cache)
+
+    def _another_has_it(self) -> bool:
+        return "Another tinker-local serves" in self._last_words()
+
+    def _last_words(self) -> str:
+        try:
+            lines = (self.settings.local_state_dir / "server.log").read_text("utf-8", "replace")
+        except OSError:
+            return "no log yet"
+        said = [line.strip() for line in lines.splitlines() if line.strip()]
+        return said[-1][-300:] if said else "starting"
+
+
+def unreachable(backend: Backend | None) -> BackendUnreachableError:
+    """The error for a backend that has stopped answering."""
+    label = "local" if backend is None else backend.label
+    return BackendUnreachableError(
+        f"The backend {label} does not answer.",
+        next_step="Call check_setup; work that was saved as a checkpoint is not lost.",
+    )

@@ -1,0 +1,170 @@
+"""Many steps with the futures overlapped, in portions that fit into a call.
+
+While one batch is being computed, the next is already queued at the backend, so no clock cycle
+passes empty. A loop can be left at any moment and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tinker_mcp.training.backend import Backend
+from tinker_mcp.training.datums import weight_sum
+from tinker_mcp.training.waiting import abandon, wait
+
+if TYPE_CHECKING:
+    import tinker
+
+IN_FLIGHT = 2  # the batch being computed and the one behind it
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What a `train` call asks for; equal plans are one loop."""
+
+    data_id: str
+    steps: int
+    batch_size: int
+    adam: tinker.AdamParams
+    loss_fn: str
+    seed: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Hashable identity."""
+        return (
+            self.data_id,
+            self.steps,
+            self.batch_size,
+            self.adam.model_dump_json(),
+            self.loss_fn,
+            self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One finished step: its loss per unit of weight, in nats, and the optimizer's metrics."""
+
+    step: int
+    loss: float
+    metrics: dict[str, float]
+
+
+@dataclass
+class _Submitted:
+    weight: float
+    forward_backward: asyncio.Task[Any]
+    optim_step: asyncio.Task[Any]
+
+    @property
+    def tasks(self) -> set[asyncio.Task[Any]]:
+        return {self.forward_backward, self.optim_step}
+
+
+Report = Callable[[StepResult], Awaitable[None]]
+
+
+@dataclass
+class TrainLoop:
+    """Takes `plan.steps` steps on `datums`; `results` has those that are done."""
+
+    plan: TrainPlan
+    datums: Sequence[tinker.Datum]
+    client: tinker.TrainingClient
+    on_submit: Callable[[], None]
+    results: list[StepResult] = field(default_factory=list)
+    _submitted: int = 0
+    _in_flight: deque[_Submitted] = field(default_factory=deque)
+    _seconds_a_step: float | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.results) == self.plan.steps
+
+    async def advance(self, backend: Backend, deadline: float, report: Report) -> None:
+        """Go on until the plan is done or `deadline` (monotonic) is near.
+
+        Raises:
+            BackendUnreachableError: The backend stopped answering.
+            Exception: What the SDK raises for a failed request; the loop cannot go on.
+        """
+        while not self.is_finished:
+            self._fill(deadline)
+            if not self._in_flight:
+                return
+            began = time.monotonic()
+            head = self._in_flight[0]
+            if not await wait(head.tasks, backend, deadline):
+                return
+            self._in_flight.popleft()
+            self.results.append(self._result(head))
+            self._seconds_a_step = time.monotonic() - began
+            await report(self.results[-1])
+
+    def close(self) -> None:
+        """Stop waiting for what is in flight."""
+        for submitted in self._in_flight:
+            for task in submitted.tasks:
+                abandon(task)
+        self._in_flight.clear()
+
+    def _fill(self, deadline: float) -> None:
+        while len(self._in_flight) < IN_FLIGHT and self._submitted < self.plan.steps:
+            if not self._has_time(deadline):
+                return
+            self._in_flight.append(self._submit())
+
+    def _has_time(self, deadline: float) -> bool:
+        """Whether one step more is likely to end before the deadline, those in flight included."""
+        if self._seconds_a_step is None:
+            return True
+        ahead = len(self._in_flight) + 1
+        return time.monotonic() + ahead * self._seconds_a_step <= deadline
+
+    def _submit(self) -> _Submitted:
+        batch = batch_of(self.datums, self.plan.batch_size, self._submitted, self.plan.seed)
+        self._submitted += 1
+        # Both before either is awaited: a request that misses a clock cycle costs one more.
+        forward_backward = self.client.forward_backward(batch, self.plan.loss_fn)  # type: ignore[arg-type]  # the tool's Literal
+        optim_step = self.client.optim_step(self.plan.adam)
+        self.on_submit()
+        return _Submitted(
+            weight_sum(batch),
+            asyncio.create_task(forward_backward.coroutine()),
+            asyncio.create_task(optim_step.coroutine()),
+        )
+
+    def _result(self, submitted: _Submitted) -> StepResult:
+        output = submitted.forward_backward.result()
+        loss = output.metrics["loss:sum"] / submitted.weight if submitted.weight else math.nan
+        metrics = submitted.optim_step.result().metrics or {}
+        return StepResult(len(self.results) + 1, loss, metrics)
+
+
+def batch_of(
+    datums: Sequence[tinker.Datum], batch_size: int, step: int, seed: int
+) -> list[tinker.Datum]:
+    """The batch of a step, counted from 0: each epoch is a new order chosen by `seed`.
+
+    A batch takes up where the last one ended and runs over into the next epoch, so every datum is
+    seen equally often.
+    """
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return [
+        datums[_order(len(datums), seed, position // len(datums))[position % len(datums)]]
+        for position in positions
+    ]
+
+
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"{seed}:{epoch}").shuffle(order)  # noqa: S311 - an order, not a secret
+    return order

@@ -1,0 +1,136 @@
+"""Conversations to tokens and weights, by the cookbook's renderers.
+
+The tokenizer comes from the backend's own hub cache where it has one, so nothing is looked up on
+the network and the user's cache stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinker_mcp.errors import InvalidInputError
+from tinker_mcp.training import models
+from tinker_mcp.training.backend import Backend
+
+if TYPE_CHECKING:
+    import tinker
+    from tinker_cookbook.renderers import Message, Renderer
+
+TRAIN_ON_WHAT = (
+    "last_assistant_message",
+    "last_assistant_turn",
+    "all_assistant_messages",
+    "all_messages",
+    "all_tokens",
+)
+
+
+@dataclass(frozen=True)
+class ModelRenderer:
+    """A model's tokenizer and a renderer for it, by name."""
+
+    model_name: str
+    name: str
+    tokenizer: Any
+    renderer: Renderer
+
+    def supervised(
+        self, messages: Sequence[Message], train_on_what: str
+    ) -> tuple[tinker.ModelInput, list[float]]:
+        """Tokens (N) of a conversation and the loss weight of each (N floats, 0.0 or 1.0)."""
+        from tinker_cookbook.renderers import TrainOnWhat
+
+        model_input, weights = self.renderer.build_supervised_example(
+            list(messages), TrainOnWhat(train_on_what)
+        )
+        return model_input, weights.tolist()
+
+    def prompt(self, messages: Sequence[Message]) -> tinker.ModelInput:
+        """Tokens after which the assistant's answer follows."""
+        return self.renderer.build_generation_prompt(list(messages))
+
+    def stop(self) -> list[str] | list[int]:
+        """What ends an answer."""
+        return self.renderer.get_stop_sequences()
+
+    def answer(self, tokens: list[int]) -> tuple[str, bool]:
+        """The text of a sampled answer, and whether it came to its proper end."""
+        from tinker_cookbook.renderers import format_content_as_string
+
+        message, ending = self.renderer.parse_response(tokens)
+        return format_content_as_string(message["content"]), ending.is_clean
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of plain text, without a chat template."""
+        tokens: list[int] = self.tokenizer.encode(text)
+        return tokens
+
+    def plain_text(self, tokens: Sequence[int]) -> str:
+        """Text of tokens without special tokens."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, special tokens included."""
+        return str(self.tokenizer.decode(list(tokens)))
+
+
+def load(backend: Backend, model_name: str, renderer_name: str | None) -> ModelRenderer:
+    """Tokenizer and renderer of a model; `renderer_name` None takes the recommended one. Blocks.
+
+    Raises:
+        InvalidInputError: The tokenizer cannot be found, or the renderer is unknown or does not
+            fit the tokenizer.
+    """
+    from tinker_cookbook.renderers import get_renderer
+
+    tokenizer = _tokenizer(model_name, backend.hub_cache)
+    name = renderer_name or str(models.renderer(model_name, lambda: tokenizer).value)
+    try:
+        renderer = get_renderer(name, tokenizer, model_name=model_name)
+    except Exception as error:  # RendererError, or what a renderer makes of a strange tokenizer
+        raise InvalidInputError(
+            f"The renderer {name!r} cannot be used with {model_name}: {error}",
+            next_step="Leave renderer out, or take the one list_models recommends.",
+        ) from error
+    return ModelRenderer(model_name, name, tokenizer, renderer)
+
+
+@lru_cache(maxsize=16)
+def _tokenizer(model_name: str, hub_cache: Path | None) -> Any:
+    if hub_cache is None:
+        return _remote_tokenizer(model_name)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            model_name, cache_dir=str(hub_cache), local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"The local backend has no model {model_name!r}.",
+            next_step="Call list_models to see what it serves.",
+        ) from error
+
+
+def _remote_tokenizer(model_name: str) -> Any:
+    from tinker_cookbook.tokenizer_utils import get_tokenizer
+
+    try:
+        return get_tokenizer(model_name)
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"No tokenizer for {model_name!r}: {str(error)[:300]}",
+            next_step="Check the name with list_models, and that the hub can be reached.",
+        ) from error
+
+
+def advice(backend: Backend, model_name: str) -> models.Advice | None:
+    """The recommended renderer of a model and why, or None without its tokenizer. Blocks."""
+    try:
+        return models.renderer(model_name, lambda: _tokenizer(model_name, backend.hub_cache))
+    except InvalidInputError:
+        return None

@@ -1,0 +1,170 @@
+"""Single training operations: forward_backward, optim_step, and checkpoints of a client."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from tinker_mcp.errors import InvalidInputError
+from tinker_mcp.training.clients import OpenClient, Workspace, told_about
+from tinker_mcp.training.datums import DatumSet, trained_tokens, weight_sum
+
+if TYPE_CHECKING:
+    import tinker
+
+CheckpointKind = Literal["state", "sampler", "both"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a forward pass found; `loss` is in nats per unit of weight."""
+
+    loss: float
+    loss_sum: float
+    datums: int
+    trained_tokens: int
+    optim_metrics: dict[str, float] | None
+
+
+def portion(data: DatumSet, offset: int, limit: int | None) -> Sequence[tinker.Datum]:
+    """Datums `offset` to `offset + limit`.
+
+    Raises:
+        InvalidInputError: None are there.
+    """
+    chosen = data.datums[offset : None if limit is None else offset + limit]
+    if not chosen:
+        raise InvalidInputError(
+            f"offset {offset} and limit {limit} leave none of the {len(data.datums)} datums of "
+            f"{data.data_id}.",
+            next_step=f"Use an offset below {len(data.datums)} and a limit of at least 1.",
+        )
+    return chosen
+
+
+async def forward_backward(
+    workspace: Workspace,
+    client_id: str,
+    data: DatumSet,
+    datums: Sequence[tinker.Datum],
+    loss_fn: str,
+    adam: tinker.AdamParams | None,
+) -> Scored | None:
+    """Accumulate gradients, and step on them if `adam` is given; None when it takes longer.
+
+    Both requests are submitted before either is awaited.
+    """
+    client = await workspace.live_client(client_id)
+    check_fits(client, data)
+
+    async def start() -> Scored:
+        with told_about(client):
+            gradients = client.tinker_client.forward_backward(list(datums), loss_fn)  # type: ignore[arg-type]
+            stepping = None if adam is None else client.tinker_client.optim_step(adam)
+            client.step += stepping is not None
+            output = await gradients
+            metrics = None if stepping is None else (await stepping).metrics or {}
+            return _scored(output, datums, metrics)
+
+    key = ("forward_backward", *_key(datums), loss_fn, adam and adam.model_dump_json())
+    return await client.unfinished.finish(key, start, client.backend, workspace.deadline())
+
+
+async def forward(
+    workspace: Workspace,
+    client_id: str,
+    data: DatumSet,
+    datums: Sequence[tinker.Datum],
+    loss_fn: str,
+) -> Scored | None:
+    """Score without gradients; None when it takes longer than a call may."""
+    client = await workspace.live_client(client_id)
+    check_fits(client, data)
+
+    async def start() -> Scored:
+        with told_about(client):
+            output = await client.tinker_client.forward(list(datums), loss_fn)  # type: ignore[arg-type]
+            return _scored(output, datums, None)
+
+    key = ("forward", client.step, *_key(datums), loss_fn)
+    return await client.unfinished.finish(key, start, client.backend, workspace.deadline())
+
+
+async def optim_step(
+    workspace: Workspace, client_id: str, adam: tinker.AdamParams
+) -> dict[str, float] | None:
+    """Apply the accumulated gradients; None when it takes longer than a call may."""
+    client = await workspace.live_client(client_id)
+
+    async def start() -> dict[str, float]:
+        with told_about(client):
+            stepping = client.tinker_client.optim_step(adam)
+            metrics = (await stepping).metrics or {}
+            client.step += 1
+            return metrics
+
+    key = ("optim_step", adam.model_dump_json())
+    return await client.unfinished.finish(key, start, client.backend, workspace.deadline())
+
+
+async def save_checkpoint(
+    workspace: Workspace, client_id: str, name: str, kind: CheckpointKind, ttl_s: int | None
+) -> dict[str, str] | None:
+    """Save a client's weights; the paths by kind, or None when it takes longer than a call may."""
+    client = await workspace.live_client(client_id)
+
+    async def start() -> dict[str, str]:
+        paths = {}
+        with told_about(client):
+            # Both are submitted before either is awaited.
+            saving: dict[str, tinker.APIFuture[Any]] = {}
+            if kind in ("state", "both"):
+                saving["state"] = client.tinker_client.save_state(name, ttl_seconds=ttl_s)
+            if kind in ("sampler", "both"):
+                saving["sampler"] = client.tinker_client.save_weights_for_sampler(
+                    name, ttl_seconds=ttl_s
+                )
+            for saved_kind, future in saving.items():
+                paths[saved_kind] = (await future).path
+        client.last_checkpoint = paths.get("state", client.last_checkpoint)
+        return paths
+
+    key = ("save_checkpoint", name, kind)
+    return await client.unfinished.finish(key, start, client.backend, workspace.deadline())
+
+
+def check_fits(client: OpenClient, data: DatumSet) -> None:
+    """Refuse datums rendered for another model.
+
+    Raises:
+        InvalidInputError: The base models differ.
+    """
+    if client.base_model != data.base_model:
+        raise InvalidInputError(
+            f"{data.data_id} was built for {data.base_model}, but {client.client_id} trains "
+            f"{client.base_model}.",
+            next_step=f'Call build_datums with base_model="{client.base_model}".',
+        )
+
+
+def _key(datums: Sequence[tinker.Datum]) -> tuple[int, int]:
+    """Datum sets never change, so the first datum and the count tell a portion from others."""
+    return id(datums[0]), len(datums)
+
+
+def _scored(
+    output: tinker.ForwardBackwardOutput,
+    datums: Sequence[tinker.Datum],
+    optim_metrics: dict[str, float] | None,
+) -> Scored:
+    loss_sum = output.metrics["loss:sum"]
+    weight = weight_sum(datums)
+    return Scored(
+        loss=loss_sum / weight if weight else math.nan,
+        loss_sum=loss_sum,
+        datums=len(datums),
+        trained_tokens=sum(trained_tokens(datum) for datum in datums),
+        optim_metrics=optim_metrics,
+    )
