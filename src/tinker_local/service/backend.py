@@ -45,11 +45,9 @@ class Backend:
             return known
         future = self.futures.create(request_id, model_id.partition(":")[0])
         try:
-            model = self.sessions.model(model_id)
+            self.sessions.model(model_id).sequencer.submit(seq_id, Job(future, work))
         except LocalError as error:
             future.resolve(failure(error))
-            return future
-        model.sequencer.submit(seq_id, Job(future, work))
         return future
 
     def finish_session(self, session_id: str) -> None:

@@ -185,7 +185,10 @@ class Catalog:
 
     def _stored(self, run: Path) -> Iterator[Checkpoint]:
         for file in run.glob("*/*/checkpoint.json"):
-            checkpoint = Checkpoint(**json.loads(file.read_text()))
+            try:
+                checkpoint = Checkpoint(**json.loads(file.read_text()))
+            except FileNotFoundError:
+                continue  # replaced or deleted since glob saw it
             if checkpoint.is_expired:
                 self._discard(file.parent)
             else:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tinker_local.errors import UserInputError
 from tinker_local.service.futures import Failure, Future, Reply, failure
 
 
@@ -64,6 +65,16 @@ class Sequencer:
     _held: dict[int, Job] = field(default_factory=dict)
 
     def submit(self, seq_id: int, job: Job) -> None:
+        """Release the job in its turn.
+
+        Raises:
+            UserInputError: The number has been used.
+        """
+        if seq_id < self._next:
+            raise UserInputError(
+                f"seq_id {seq_id} has been used; the next is {self._next}.",
+                "Number the requests of a training client 1, 2, 3 ...",
+            )
         self._held[seq_id] = job
         while self._next in self._held:
             self.scheduler.submit(self._held.pop(self._next))

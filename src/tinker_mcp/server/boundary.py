@@ -14,8 +14,9 @@ from typing import Any
 import structlog
 from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
 from mcp.server.mcpserver.tools import Tool
+from mcp.server.mcpserver.utilities.func_metadata import ArgModelBase
 from mcp_types import ToolAnnotations
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import ConfigDict, ValidationError, create_model
 
 from tinker_mcp.errors import TinkerMcpError
 
@@ -49,8 +50,8 @@ def changes(fn: Callable[..., Any], title: str) -> ToolSpec:
     return ToolSpec(fn, title, hints)
 
 
-class _Forbidding(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Strict(ArgModelBase):
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
 class StrictTool(Tool):
@@ -66,8 +67,8 @@ class StrictTool(Tool):
             annotations=spec.annotations,
         )
         loose = tool.fn_metadata.arg_model
-        strict = create_model(loose.__name__, __base__=(_Forbidding, loose), __doc__=loose.__doc__)
-        tool.fn_metadata.arg_model = strict
+        strict = create_model(loose.__name__, __base__=(_Strict, loose), __doc__=loose.__doc__)
+        tool.fn_metadata.arg_model = strict  # type: ignore[assignment]  # mypy infers a local type
         tool.parameters = strict.model_json_schema(by_alias=True)
         return tool
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
 
@@ -20,6 +20,8 @@ from tinker_mcp.training.waiting import Unfinished
 
 if TYPE_CHECKING:
     import tinker
+
+T = TypeVar("T")
 
 _CLOSE_LIMIT_S = 2.0
 
@@ -44,6 +46,16 @@ class OpenClient:
     unfinished: Unfinished = field(default_factory=Unfinished)
     loops: dict[Any, TrainLoop] = field(default_factory=dict)
     sampler: tuple[int, tinker.SamplingClient] | None = None
+
+    @contextlib.contextmanager
+    def counting_step(self) -> Iterator[None]:
+        """Count a step from its submission on, unless it fails in this block."""
+        self.step += 1
+        try:
+            yield
+        except BaseException:
+            self.step -= 1
+            raise
 
 
 @dataclass(frozen=True)
@@ -93,10 +105,25 @@ class Workspace:
                 self._service = (backend, await anyio.to_thread.run_sync(_open, backend))
         return self._service
 
-    async def rest(self) -> tuple[Backend, tinker.RestClient]:
-        """The backend, alive, and a RestClient on it."""
+    async def ask(
+        self, what: str, question: Callable[[tinker.RestClient], Awaitable[T]]
+    ) -> tuple[Backend, T]:
+        """Put a question to the backend's RestClient.
+
+        Raises:
+            BackendUnreachableError: No answer within the call's limit.
+        """
+        deadline = self.deadline()
         backend = await self.connector.connect()
-        return backend, await anyio.to_thread.run_sync(_rest, backend)
+
+        async def start() -> T:
+            with sdk_errors.told():
+                return await question(await anyio.to_thread.run_sync(_rest, backend))
+
+        answer = await self.unfinished.finish((what, backend), start, backend, deadline)
+        if answer is None:
+            raise unreachable(backend)
+        return backend, answer
 
     def client(self, client_id: str) -> OpenClient:
         """An open training client.
@@ -215,8 +242,7 @@ def _rest(backend: Backend) -> tinker.RestClient:
     """A RestClient, in a thread: the first one on a backend asks for its configuration."""
     import tinker
 
-    with sdk_errors.told():
-        return tinker.RestClient(base_url=backend.base_url, api_key=backend.api_key)
+    return tinker.RestClient(base_url=backend.base_url, api_key=backend.api_key)
 
 
 async def _submit(service: tinker.ServiceClient, new: NewClient) -> tinker.TrainingClient:

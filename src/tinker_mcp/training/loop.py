@@ -7,6 +7,7 @@ passes empty. A loop can be left at any moment and goes on where it was.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 import time
@@ -74,14 +75,17 @@ Report = Callable[[StepResult], Awaitable[None]]
 
 @dataclass
 class TrainLoop:
-    """Takes `plan.steps` steps on `datums`; `results` has those that are done."""
+    """Takes `plan.steps` steps on `datums`; `results` has those that are done.
+
+    Attributes:
+        submitted: Steps sent to the backend, done or not.
+    """
 
     plan: TrainPlan
     datums: Sequence[tinker.Datum]
     client: tinker.TrainingClient
-    on_submit: Callable[[], None]
     results: list[StepResult] = field(default_factory=list)
-    _submitted: int = 0
+    submitted: int = 0
     _in_flight: deque[_Submitted] = field(default_factory=deque)
     _seconds_a_step: float | None = None
 
@@ -105,7 +109,11 @@ class TrainLoop:
             if not await wait(head.tasks, backend, deadline):
                 return
             self._in_flight.popleft()
-            self.results.append(self._result(head))
+            try:
+                self.results.append(self._result(head))
+            except Exception:
+                await self._settle(backend, deadline)
+                raise
             self._seconds_a_step = time.monotonic() - began
             await report(self.results[-1])
 
@@ -116,8 +124,17 @@ class TrainLoop:
                 abandon(task)
         self._in_flight.clear()
 
+    async def _settle(self, backend: Backend, deadline: float) -> None:
+        """After a failure: see how the steps behind it ended, since they ran all the same."""
+        behind = list(self._in_flight)
+        self._in_flight.clear()
+        for submitted in behind:
+            if await wait(submitted.tasks, backend, deadline):
+                with contextlib.suppress(Exception):  # it failed too; the first failure is told
+                    self.results.append(self._result(submitted))
+
     def _fill(self, deadline: float) -> None:
-        while len(self._in_flight) < IN_FLIGHT and self._submitted < self.plan.steps:
+        while len(self._in_flight) < IN_FLIGHT and self.submitted < self.plan.steps:
             if not self._has_time(deadline):
                 return
             self._in_flight.append(self._submit())
@@ -130,12 +147,11 @@ class TrainLoop:
         return time.monotonic() + ahead * self._seconds_a_step <= deadline
 
     def _submit(self) -> _Submitted:
-        batch = batch_of(self.datums, self.plan.batch_size, self._submitted, self.plan.seed)
-        self._submitted += 1
+        batch = batch_of(self.datums, self.plan.batch_size, self.submitted, self.plan.seed)
+        self.submitted += 1
         # Both before either is awaited: a request that misses a clock cycle costs one more.
         forward_backward = self.client.forward_backward(batch, self.plan.loss_fn)  # type: ignore[arg-type]  # the tool's Literal
         optim_step = self.client.optim_step(self.plan.adam)
-        self.on_submit()
         return _Submitted(
             weight_sum(batch),
             asyncio.create_task(forward_backward.coroutine()),

@@ -12,8 +12,8 @@ from tinker_mcp.server.tools.replies import (
     ToolContext,
     workspace_of,
 )
-from tinker_mcp.training import sdk_errors, steps
-from tinker_mcp.training.steps import CheckpointKind
+from tinker_mcp.training import operations
+from tinker_mcp.training.operations import CheckpointKind
 
 
 class SavedCheckpoint(BaseModel):
@@ -63,7 +63,7 @@ async def save_checkpoint(
     create_training_client(checkpoint=...) with the state.
     """
     workspace = workspace_of(ctx)
-    paths = await steps.save_checkpoint(workspace, client_id, name, kind, ttl_s)
+    paths = await operations.save_checkpoint(workspace, client_id, name, kind, ttl_s)
     client = workspace.client(client_id)
     saved = paths or {}
     if paths is None:
@@ -91,9 +91,10 @@ async def list_checkpoints(
 
     Next: create_training_client(checkpoint=...) for a state, sample(checkpoint=...) for a sampler.
     """
-    backend, rest = await workspace_of(ctx).rest()
-    with sdk_errors.told():
-        found = await rest.list_user_checkpoints(limit=limit, offset=offset)
+    backend, found = await workspace_of(ctx).ask(
+        f"list_checkpoints {limit} {offset}",
+        lambda rest: rest.list_user_checkpoints(limit=limit, offset=offset),
+    )
     listed = [
         ListedCheckpoint(
             checkpoint=c.tinker_path,

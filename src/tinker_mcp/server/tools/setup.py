@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from tinker_mcp.server.tools.replies import ToolContext, rounded, workspace_of
 from tinker_mcp.settings import Settings
-from tinker_mcp.training import models, rendering, sdk_errors
+from tinker_mcp.training import models, rendering
 from tinker_mcp.training.backend import Backend
 
 _PACKAGES = ("tinker-mcp", "tinker", "tinker-cookbook", "mcp", "torch", "transformers")
@@ -90,9 +90,9 @@ async def list_models(ctx: ToolContext) -> Models:
     Starts the local backend if that is the one in use (seconds; the first time ever it fetches a
     model, which takes longer). Costs nothing. Next: build_datums with one of the names.
     """
-    backend, rest = await workspace_of(ctx).rest()
-    with sdk_errors.told():
-        capabilities = await rest.get_server_capabilities()
+    backend, capabilities = await workspace_of(ctx).ask(
+        "list_models", lambda rest: rest.get_server_capabilities()
+    )
     served = [m for m in capabilities.supported_models if m.model_name and m.trainable is not False]
     described = [
         await anyio.to_thread.run_sync(

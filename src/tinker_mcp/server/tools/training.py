@@ -17,8 +17,8 @@ from tinker_mcp.server.tools.replies import (
     rounded,
     workspace_of,
 )
-from tinker_mcp.training import models, steps
-from tinker_mcp.training.clients import NewClient, OpenClient, Workspace, told_about
+from tinker_mcp.training import models, operations
+from tinker_mcp.training.clients import NewClient, OpenClient
 from tinker_mcp.training.loop import StepResult, TrainLoop, TrainPlan
 
 if TYPE_CHECKING:
@@ -171,16 +171,16 @@ async def forward_backward(
     """
     workspace = workspace_of(ctx)
     data = workspace.datums(data_id)
-    datums = steps.portion(data, offset, limit)
+    datums = operations.portion(data, offset, limit)
     if forward_only:
         if optim is not None:
             raise InvalidInputError(
                 "forward_only computes no gradient for optim to step on.",
                 next_step="Leave one of the two out.",
             )
-        scored = await steps.forward(workspace, client_id, data, datums, loss_fn)
+        scored = await operations.forward(workspace, client_id, data, datums, loss_fn)
     else:
-        scored = await steps.forward_backward(
+        scored = await operations.forward_backward(
             workspace, client_id, data, datums, loss_fn, _adam(optim) if optim else None
         )
     client = workspace.client(client_id)
@@ -230,7 +230,7 @@ async def optim_step(
         weight_decay=weight_decay,
         grad_clip_norm=grad_clip_norm,
     )
-    metrics = await steps.optim_step(workspace, client_id, _adam(adam))
+    metrics = await operations.optim_step(workspace, client_id, _adam(adam))
     client = workspace.client(client_id)
     is_done = metrics is not None
     return Stepped(
@@ -264,42 +264,17 @@ async def train(
     data, sample, save_checkpoint.
     """
     workspace = workspace_of(ctx)
-    client = await workspace.live_client(client_id)
     adam = AdamStep(
         learning_rate=learning_rate, weight_decay=weight_decay, grad_clip_norm=grad_clip_norm
     )
     plan = TrainPlan(data_id, steps, batch_size, _adam(adam), loss_fn, seed)
-    loop = _loop(workspace, client, plan)
 
     async def report(result: StepResult) -> None:
         message = f"step {result.step} of {steps}: loss {result.loss:.4f}"
         await ctx.report_progress(result.step, steps, message)
 
-    try:
-        with told_about(client):
-            await loop.advance(client.backend, workspace.deadline(), report)
-    except Exception:
-        client.loops.pop(plan.key, None)
-        loop.close()
-        raise
-    if loop.is_finished:
-        client.loops.pop(plan.key, None)
-    return _trained(client, loop)
-
-
-def _loop(workspace: Workspace, client: OpenClient, plan: TrainPlan) -> TrainLoop:
-    """The unfinished loop of these arguments, or a new one."""
-    from tinker_mcp.training.steps import check_fits
-
-    data = workspace.datums(plan.data_id)
-    check_fits(client, data)
-    if plan.key not in client.loops:
-
-        def count() -> None:
-            client.step += 1
-
-        client.loops[plan.key] = TrainLoop(plan, data.datums, client.tinker_client, count)
-    return client.loops[plan.key]
+    loop = await operations.train(workspace, client_id, plan, report)
+    return _trained(workspace.client(client_id), loop)
 
 
 def _trained(client: OpenClient, loop: TrainLoop) -> Trained:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from tinker_mcp.errors import InvalidInputError
+from tinker_mcp.errors import InvalidInputError, TinkerMcpError
 from tinker_mcp.training.clients import OpenClient, Workspace, told_about
 from tinker_mcp.training.datums import DatumSet, trained_tokens, weight_sum
+from tinker_mcp.training.loop import Report, TrainLoop, TrainPlan
 
 if TYPE_CHECKING:
     import tinker
@@ -56,20 +58,22 @@ async def forward_backward(
 
     Both requests are submitted before either is awaited.
     """
+    deadline = workspace.deadline()
     client = await workspace.live_client(client_id)
     check_fits(client, data)
 
     async def start() -> Scored:
         with told_about(client):
             gradients = client.tinker_client.forward_backward(list(datums), loss_fn)  # type: ignore[arg-type]
-            stepping = None if adam is None else client.tinker_client.optim_step(adam)
-            client.step += stepping is not None
-            output = await gradients
-            metrics = None if stepping is None else (await stepping).metrics or {}
-            return _scored(output, datums, metrics)
+            if adam is None:
+                return _scored(await gradients, datums, None)
+            with client.counting_step():
+                stepping = client.tinker_client.optim_step(adam)
+                output, stepped = await asyncio.gather(gradients.coroutine(), stepping.coroutine())
+            return _scored(output, datums, stepped.metrics or {})
 
     key = ("forward_backward", *_key(datums), loss_fn, adam and adam.model_dump_json())
-    return await client.unfinished.finish(key, start, client.backend, workspace.deadline())
+    return await client.unfinished.finish(key, start, client.backend, deadline)
 
 
 async def forward(
@@ -80,6 +84,7 @@ async def forward(
     loss_fn: str,
 ) -> Scored | None:
     """Score without gradients; None when it takes longer than a call may."""
+    deadline = workspace.deadline()
     client = await workspace.live_client(client_id)
     check_fits(client, data)
 
@@ -89,30 +94,54 @@ async def forward(
             return _scored(output, datums, None)
 
     key = ("forward", client.step, *_key(datums), loss_fn)
-    return await client.unfinished.finish(key, start, client.backend, workspace.deadline())
+    return await client.unfinished.finish(key, start, client.backend, deadline)
 
 
 async def optim_step(
     workspace: Workspace, client_id: str, adam: tinker.AdamParams
 ) -> dict[str, float] | None:
     """Apply the accumulated gradients; None when it takes longer than a call may."""
+    deadline = workspace.deadline()
     client = await workspace.live_client(client_id)
 
     async def start() -> dict[str, float]:
-        with told_about(client):
-            stepping = client.tinker_client.optim_step(adam)
-            metrics = (await stepping).metrics or {}
-            client.step += 1
-            return metrics
+        with told_about(client), client.counting_step():
+            return (await client.tinker_client.optim_step(adam)).metrics or {}
 
     key = ("optim_step", adam.model_dump_json())
-    return await client.unfinished.finish(key, start, client.backend, workspace.deadline())
+    return await client.unfinished.finish(key, start, client.backend, deadline)
+
+
+async def train(workspace: Workspace, client_id: str, plan: TrainPlan, report: Report) -> TrainLoop:
+    """Begin the loop of this plan, or go on with it, for as long as a call may last."""
+    deadline = workspace.deadline()
+    data = workspace.datums(plan.data_id)
+    client = await workspace.live_client(client_id)
+    check_fits(client, data)
+    loop = client.loops.get(plan.key)
+    if loop is None:
+        loop = client.loops[plan.key] = TrainLoop(plan, data.datums, client.tinker_client)
+    before = loop.submitted
+    try:
+        with told_about(client):
+            await loop.advance(client.backend, deadline, report)
+    except TinkerMcpError:
+        del client.loops[plan.key]
+        loop.close()
+        client.step -= loop.submitted - len(loop.results)
+        raise
+    finally:
+        client.step += loop.submitted - before
+    if loop.is_finished:
+        del client.loops[plan.key]
+    return loop
 
 
 async def save_checkpoint(
     workspace: Workspace, client_id: str, name: str, kind: CheckpointKind, ttl_s: int | None
 ) -> dict[str, str] | None:
     """Save a client's weights; the paths by kind, or None when it takes longer than a call may."""
+    deadline = workspace.deadline()
     client = await workspace.live_client(client_id)
 
     async def start() -> dict[str, str]:
@@ -132,7 +161,7 @@ async def save_checkpoint(
         return paths
 
     key = ("save_checkpoint", name, kind)
-    return await client.unfinished.finish(key, start, client.backend, workspace.deadline())
+    return await client.unfinished.finish(key, start, client.backend, deadline)
 
 
 def check_fits(client: OpenClient, data: DatumSet) -> None:
