@@ -27,7 +27,7 @@ from rich.table import Table
 from tinker_mcp.errors import TinkerMcpError
 from tinker_mcp.settings import BackendChoice
 
-QUESTION = "Write a haiku about programming."
+QUESTION = "What is the capital of Portugal?"  # not among the 128 conversations
 EVAL_SHARE = 0.125  # 16 of the cookbook's 128 conversations
 BATCH_SIZE = 8
 LEARNING_RATE = 1e-3
@@ -59,9 +59,7 @@ class DemoResult:
         return self.eval_loss_after < self.eval_loss_before
 
 
-def run_demo(
-    backend: BackendChoice | None, *, as_json: bool, steps: int, base_model: str | None
-) -> int:
+def run_demo(backend: BackendChoice, *, as_json: bool, steps: int, base_model: str | None) -> int:
     """Run it and print what came out.
 
     Returns:
@@ -115,54 +113,65 @@ class Agent:
 
 
 async def _run(
-    console: Console, backend: BackendChoice | None, steps: int, base_model: str | None
+    console: Console, backend: BackendChoice, steps: int, base_model: str | None
 ) -> DemoResult:
-    began = time.monotonic()
+    outcome: DemoResult | DemoError
     async with _connected(backend) as client:
-        agent = Agent(client, console)
-        await agent.call("check_setup", "checking the set-up")
-        listed = await agent.call("list_models", "starting the backend")
-        base = base_model or listed["models"][0]["name"]
-        data = await agent.call(
-            "build_datums",
-            "building datums from 128 conversations",
-            path=str(_conversations()),
-            base_model=base,
-            eval_share=EVAL_SHARE,
-        )
-        opened = await agent.call(
-            "create_training_client", "opening a training client", base_model=base, seed=0
-        )
-        client_id = opened["client_id"]
-        measure = {
-            "client_id": client_id,
-            "data_id": data["eval_data_id"],
-            "forward_only": True,
-        }
-        before = await agent.call("forward_backward", "held-out loss before", **measure)
-        asked = {
-            "messages": [{"role": "user", "content": QUESTION}],
-            "temperature": 0,
-            "max_tokens": 64,
-        }
-        answer_before = await agent.call("sample", "sampling before", base_model=base, **asked)
-        await agent.call(
-            "train",
-            "training",
-            client_id=client_id,
-            data_id=data["data_id"],
-            steps=steps,
-            batch_size=BATCH_SIZE,
-            learning_rate=LEARNING_RATE,
-        )
-        after = await agent.call("forward_backward", "held-out loss after", **measure)
-        answer_after = await agent.call("sample", "sampling after", client_id=client_id, **asked)
-        saved = await agent.call(
-            "save_checkpoint", "saving a checkpoint", client_id=client_id, name="demo"
-        )
-        answer_saved = await agent.call(
-            "sample", "sampling the checkpoint", checkpoint=saved["sampler"], **asked
-        )
+        # Caught inside: the connection's task group would wrap it.
+        try:
+            outcome = await _fine_tune(Agent(client, console), steps, base_model)
+        except DemoError as error:
+            outcome = error
+    if isinstance(outcome, DemoError):
+        raise outcome
+    return outcome
+
+
+async def _fine_tune(agent: Agent, steps: int, base_model: str | None) -> DemoResult:
+    began = time.monotonic()
+    await agent.call("check_setup", "checking the set-up")
+    listed = await agent.call("list_models", "starting the backend")
+    base = base_model or listed["models"][0]["name"]
+    data = await agent.call(
+        "build_datums",
+        "building datums from 128 conversations",
+        path=str(_conversations()),
+        base_model=base,
+        eval_share=EVAL_SHARE,
+    )
+    opened = await agent.call(
+        "create_training_client", "opening a training client", base_model=base, seed=0
+    )
+    client_id = opened["client_id"]
+    measure = {
+        "client_id": client_id,
+        "data_id": data["eval_data_id"],
+        "forward_only": True,
+    }
+    before = await agent.call("forward_backward", "held-out loss before", **measure)
+    asked = {
+        "messages": [{"role": "user", "content": QUESTION}],
+        "temperature": 0,
+        "max_tokens": 64,
+    }
+    answer_before = await agent.call("sample", "sampling before", base_model=base, **asked)
+    await agent.call(
+        "train",
+        "training",
+        client_id=client_id,
+        data_id=data["data_id"],
+        steps=steps,
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+    )
+    after = await agent.call("forward_backward", "held-out loss after", **measure)
+    answer_after = await agent.call("sample", "sampling after", client_id=client_id, **asked)
+    saved = await agent.call(
+        "save_checkpoint", "saving a checkpoint", client_id=client_id, name="demo"
+    )
+    answer_saved = await agent.call(
+        "sample", "sampling the checkpoint", checkpoint=saved["sampler"], **asked
+    )
     return DemoResult(
         base_model=base,
         backend=saved["backend"],
@@ -178,9 +187,9 @@ async def _run(
 
 
 @asynccontextmanager
-async def _connected(backend: BackendChoice | None) -> AsyncIterator[Client]:
+async def _connected(backend: BackendChoice) -> AsyncIterator[Client]:
     """An MCP client on a server of its own, whose log goes nowhere: errors come as replies."""
-    arguments = ["-m", "tinker_mcp", "serve", *(["--backend", backend] if backend else [])]
+    arguments = ["-m", "tinker_mcp", "serve", "--backend", backend]
     parameters = StdioServerParameters(command=sys.executable, args=arguments, env=dict(os.environ))
     with Path(os.devnull).open("w") as nowhere:  # noqa: ASYNC230 - a null device never blocks
         async with Client(stdio_client(parameters, errlog=nowhere)) as client:

@@ -54,8 +54,8 @@ def check_inputs(
     """Refuse a datum that the loss cannot use, naming the datum and the input.
 
     Raises:
-        UserInputError: An unknown loss or config key, a missing input, or a shape other than
-            (length,).
+        UserInputError: An unknown loss or config key, a missing input, a shape other than
+            (length,), targets that are no integers, or a value that is not finite.
     """
     if loss_fn not in LOSSES:
         served = ", ".join(LOSSES)
@@ -78,3 +78,13 @@ def check_inputs(
                 f"{list(inputs[name].shape)}, but model_input has {length} positions.",
                 f"Give {name} the shape [{length}]: inputs are tokens[:-1], targets tokens[1:].",
             )
+        _check_values(f"data[{position}].loss_fn_inputs[{name!r}]", name, inputs[name])
+
+
+def _check_values(place: str, name: str, values: NDArray[np.generic]) -> None:
+    if name == "target_tokens" and values.dtype.kind != "i":
+        raise UserInputError(f"{place} is {values.dtype}.", "Give token ids as int64.")
+    outside = values[~np.isfinite(values)]
+    if outside.size:
+        # One such value would turn every weight of the adapter into NaN.
+        raise UserInputError(f"{place} holds {outside[0]}.", "Give finite values only.")

@@ -28,7 +28,8 @@ class AdamW:
             `grad_norm`: the global L2 norm before clipping.
 
         Raises:
-            UserInputError: A value that AdamW cannot use, or no gradient to apply.
+            UserInputError: A value that AdamW cannot use, no gradient to apply, or one that is
+                not finite, which is dropped: applied, it would leave nothing but NaN.
         """
         _check(params)
         if all(parameter.grad is None for parameter in self._parameters):
@@ -36,7 +37,13 @@ class AdamW:
                 "optim_step has no gradient to apply.", "Call forward_backward before optim_step."
             )
         max_norm = params.grad_clip_norm if params.grad_clip_norm > 0 else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, max_norm)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, max_norm))
+        if not math.isfinite(norm):
+            self._torch.zero_grad(set_to_none=True)
+            raise UserInputError(
+                f"The gradient's norm is {norm}: no step was taken, the gradient is dropped.",
+                "Lower the learning rate, or train on from the last saved state.",
+            )
         self._torch.param_groups[0].update(
             lr=params.learning_rate,
             betas=(params.beta1, params.beta2),
@@ -45,7 +52,7 @@ class AdamW:
         )
         self._torch.step()
         self._torch.zero_grad(set_to_none=True)
-        return {"grad_norm": float(norm)}
+        return {"grad_norm": norm}
 
     def state(self) -> dict[str, list[torch.Tensor]]:
         """`exp_avg`, `exp_avg_sq` (shapes of the parameters) and `step` (scalars), in order.

@@ -30,6 +30,7 @@ log = structlog.get_logger()
 
 HEALTH_TIMEOUT_S = 2.5
 _POLL_S = 0.2
+_SHOWN_CHARACTERS = 900
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class BackendConnector:
         except OSError:
             return "no log yet"
         said = [line.strip() for line in lines.splitlines() if line.strip()]
-        return said[-1][-300:] if said else "starting"
+        return said[-1][:_SHOWN_CHARACTERS] if said else "starting"
 
 
 def unreachable(backend: Backend | None) -> BackendUnreachableError:
