@@ -66,8 +66,13 @@ def serve(options: ServeOptions) -> None:
             },
         )
         # Imported here: torch and transformers take seconds, and a wrong argument none.
+        from transformers.utils.logging import disable_progress_bar
+
         from tinker_local.engine import TorchEngine
         from tinker_local.service import create_app
+
+        # Loading takes a second, and the log should stay readable.
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no annotation
 
         engine = TorchEngine({model.name: model.folder for model in models}, options.dtype)
         app = Guard(create_app(engine, options.state_dir), api_key)

@@ -48,10 +48,11 @@ def check(op: Sample, model: BaseModel) -> None:
         (0 <= op.temperature < math.inf, f"temperature {op.temperature}", "0 or more"),
         (op.top_k == -1 or op.top_k > 0, f"top_k {op.top_k}", "-1 or at least 1"),
         (0 < op.top_p <= 1, f"top_p {op.top_p}", "above 0, at most 1"),
+        (all(op.stop_strings), f"stop strings {list(op.stop_strings)}", "no empty ones"),
     )
     for is_valid, value, allowed in rules:
         if not is_valid:
-            raise UserInputError(f"{value} is out of range.", f"Allowed: {allowed}.")
+            raise UserInputError(f"{value}: out of range.", f"Allowed: {allowed}.")
 
 
 @torch.inference_mode()

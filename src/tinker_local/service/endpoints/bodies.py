@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import json
+from typing import NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from tinker_local.errors import LocalError, NotFoundError, UserInputError
+from tinker_local.errors import NotFoundError, UserInputError
+from tinker_local.service.backend import backend_of
 from tinker_local.service.futures import Future
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
+
+
+class UnreadableTurnError(UserInputError):
+    """A request that cannot be read, but whose place in its client's order is known."""
+
+    def __init__(self, error: UserInputError, model_id: str, seq_id: int) -> None:
+        super().__init__(error.problem, error.next_step)
+        self.model_id = model_id
+        self.seq_id = seq_id
 
 
 async def parse(request: Request, model: type[RequestT]) -> RequestT:
@@ -19,16 +30,21 @@ async def parse(request: Request, model: type[RequestT]) -> RequestT:
 
     Raises:
         UserInputError: It does not fit, naming each field.
+        UnreadableTurnError: The same, for a request that has a seq_id.
     """
+    body = await request.body()
     try:
-        return model.model_validate_json(await request.body())
+        return model.model_validate_json(body)
     except ValidationError as error:
         wrong = "; ".join(
             f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
         )
-        raise UserInputError(
-            f"{request.url.path} cannot read its body ({wrong}).", "Use the tinker SDK 0.38."
-        ) from None
+    refusal = UserInputError(
+        f"{request.url.path} cannot read its body ({wrong}).",
+        "Check the values, and that the client is the tinker SDK 0.38.",
+    )
+    turn = _turn(body)
+    raise refusal if turn is None else UnreadableTurnError(refusal, *turn)
 
 
 def promised(future: Future) -> Response:
@@ -36,7 +52,30 @@ def promised(future: Future) -> Response:
     return JSONResponse({"request_id": future.request_id})
 
 
-async def refuse(_: Request, error: Exception) -> Response:
-    """A LocalError that concerns no future, as the SDK expects it: {"detail"}."""
-    assert isinstance(error, LocalError)  # noqa: S101 - registered for LocalError alone
+async def refuse(request: Request, error: Exception) -> Response:
+    """Tell a LocalError that concerns no future, as the SDK expects it: {"detail"}.
+
+    One that concerns a turn becomes a failed future instead: the SDK counts on after a refusal,
+    and what it sends next would wait for the number that never came.
+    """
+    if isinstance(error, UnreadableTurnError):
+        turn = error
+
+        def work() -> NoReturn:
+            raise turn
+
+        backend = backend_of(request)
+        return promised(backend.promise_in_order(turn.model_id, turn.seq_id, work))
     return JSONResponse({"detail": str(error)}, 404 if isinstance(error, NotFoundError) else 400)
+
+
+def _turn(body: bytes) -> tuple[str, int] | None:
+    """(model_id, seq_id) of a body, if it has them."""
+    try:
+        raw = json.loads(body)
+    except ValueError:
+        return None
+    if not isinstance(raw, dict):
+        return None
+    model_id, seq_id = raw.get("model_id"), raw.get("seq_id")
+    return (model_id, seq_id) if isinstance(model_id, str) and isinstance(seq_id, int) else None
