@@ -34,7 +34,17 @@ def main() -> None:
     """Fine-tuning for coding agents: an MCP server on Tinker, with a local backend built in."""
     # stdout belongs to the protocol.
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    structlog.configure(
+        # Not structlog's own choice, which prints local variables, the environment among them.
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            ),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
 
 
 _backend = click.option(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast, get_args
+from urllib.parse import urlsplit
 
 import platformdirs
 
@@ -46,7 +47,8 @@ class Settings:
         """Read the variables; an empty one counts as unset.
 
         Raises:
-            InvalidInputError: TINKER_MCP_BACKEND is none of auto, hosted, local.
+            InvalidInputError: TINKER_MCP_BACKEND is none of auto, hosted, local, or
+                TINKER_BASE_URL is no http(s) address.
         """
         values = {name: value for name, value in environ.items() if value}
         choice = backend or values.get("TINKER_MCP_BACKEND", "auto")
@@ -58,7 +60,7 @@ class Settings:
         base_url = values.get("TINKER_BASE_URL")
         return cls(
             backend=cast("BackendChoice", choice),
-            base_url=base_url.rstrip("/") if base_url else None,
+            base_url=_url(base_url) if base_url else None,
             api_key=values.get("TINKER_API_KEY"),
             home=_folder(values.get("TINKER_MCP_HOME")) or defaults.home,
             local_cache=_folder(values.get("TINKER_LOCAL_CACHE")) or defaults.local_cache,
@@ -75,6 +77,20 @@ class Settings:
     def local_state_dir(self) -> Path:
         """The state directory of the local backend that this user's processes share."""
         return self.home / "local"
+
+
+def _url(value: str) -> str:
+    try:
+        url = urlsplit(value)
+        is_usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # a port that is no number, half a bracket
+        is_usable = False
+    if not is_usable:
+        raise InvalidInputError(
+            f"TINKER_BASE_URL={value!r} is no address.",
+            next_step="Give one such as http://127.0.0.1:8000, or unset it.",
+        )
+    return value.rstrip("/")
 
 
 def _folder(value: str | None) -> Path | None:

@@ -51,7 +51,9 @@ def changes(fn: Callable[..., Any], title: str) -> ToolSpec:
 
 
 class _Strict(ArgModelBase):
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    # inf: the SDK sends it as null, which the backend refuses after the request got its number;
+    # all later requests of that client would wait for it.
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 class StrictTool(Tool):
@@ -94,20 +96,30 @@ class StrictTool(Tool):
             ) from error
 
     def _explain(self, error: ValidationError) -> str:
-        known = list(self.parameters.get("properties", {}))
-        lines = [_problem(item, known) for item in error.errors()]
-        return _cut(f"invalid_input: {self.name}: " + "; ".join(lines))
+        lines = [
+            _problem(item, _properties(self.parameters, item["loc"])) for item in error.errors()
+        ]
+        return _cut(f"invalid_input: {self.name}: " + "; ".join(lines), MAX_ERROR_CHARACTERS)
 
 
 def told(error: TinkerMcpError) -> str:
-    """The code, the problem and the next step."""
-    return _cut(f"{error.code}: {error.problem} {error.next_step}".rstrip())
+    """The code, the problem and the next step; a long problem is cut, the next step never."""
+    room = MAX_ERROR_CHARACTERS - len(error.code) - len(error.next_step) - len(":  ")
+    return f"{error.code}: {_cut(error.problem, room)} {error.next_step}".rstrip()
+
+
+def _properties(schema: dict[str, Any], place: tuple[str | int, ...]) -> list[str]:
+    """The names that the innermost object of `place` takes."""
+    if len(place) == 1:
+        return list(schema.get("properties", {}))
+    nested = schema.get("$defs", {}).values()  # few and of different names: no need to follow $ref
+    return [name for definition in nested for name in definition.get("properties", {})]
 
 
 def _problem(item: Any, known: list[str]) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}."
         return f"unknown argument {name!r}; {hint}"
     if item["type"] == "missing":
@@ -115,5 +127,5 @@ def _problem(item: Any, known: list[str]) -> str:
     return f"{name}={item['input']!r:.80}: {item['msg']}."
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_ERROR_CHARACTERS else text[: MAX_ERROR_CHARACTERS - 3] + "..."
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -121,7 +121,13 @@ class BackendConnector:
         deadline = time.monotonic() + self.settings.call_limit_s
         async with self._lock:
             if self._process is None or self._process.poll() is not None:
-                self._process = await anyio.to_thread.run_sync(self._spawn)
+                try:
+                    self._process = await anyio.to_thread.run_sync(self._spawn)
+                except OSError as error:
+                    raise BackendUnreachableError(
+                        f"The local backend could not start: {error}.",
+                        next_step="Set TINKER_MCP_HOME to a folder that can be written, restart.",
+                    ) from error
         while time.monotonic() < deadline:
             backend = self._noted()
             if backend is not None and await backend.is_healthy():
@@ -129,7 +135,7 @@ class BackendConnector:
             if self._process.poll() not in (None, 0) and not self._another_has_it():
                 raise BackendUnreachableError(
                     f"The local backend could not start: {self._last_words()}",
-                    next_step="Mend that, then call again; check_setup shows more.",
+                    next_step=f"Mend that, then call again. Its log: {self._log()}",
                 )
             await anyio.sleep(_POLL_S)
         raise BackendStartingError(
@@ -144,7 +150,7 @@ class BackendConnector:
         command += ["--idle-exit-s", str(LOCAL_IDLE_EXIT_S)]
         environ = {**self._environ, "TINKER_LOCAL_CACHE": str(self.settings.local_cache)}
         log.info("starting_local_backend", state_dir=str(folder))
-        with (folder / "server.log").open("wb") as output:
+        with self._log().open("wb") as output:
             # Not stdout: its ready line carries the key. The note has it, for its owner only.
             return subprocess.Popen(
                 command,
@@ -158,17 +164,22 @@ class BackendConnector:
     def _noted(self) -> Backend | None:
         try:
             note = json.loads((self.settings.local_state_dir / "server.json").read_text())
-        except (OSError, ValueError):
+            hub_cache = Path(note["env"]["HF_HOME"]) / "hub"
+            return Backend("local", note["base_url"], note["api_key"], hub_cache)
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        hub_cache = Path(note["env"]["HF_HOME"]) / "hub"
-        return Backend("local", note["base_url"], note["api_key"], hub_cache)
+
+    def _log(self) -> Path:
+        """Where the process that this one starts writes: one log a server, since two that start
+        at once would write over each other's."""
+        return self.settings.local_state_dir / f"server-{os.getpid()}.log"
 
     def _another_has_it(self) -> bool:
         return "Another tinker-local serves" in self._last_words()
 
     def _last_words(self) -> str:
         try:
-            lines = (self.settings.local_state_dir / "server.log").read_text("utf-8", "replace")
+            lines = self._log().read_text("utf-8", "replace")
         except OSError:
             return "no log yet"
         said = [line.strip() for line in lines.splitlines() if line.strip()]

@@ -31,7 +31,7 @@ class OpenClient:
     """A training client of this process.
 
     Attributes:
-        step: optim_steps submitted so far, counted on from those of its checkpoint.
+        step: optim_steps submitted so far; 0 when it was opened, from a checkpoint too.
         loops: Unfinished `train` calls by their arguments.
         sampler: The newest sampling client and the step its weights are of.
     """
@@ -102,7 +102,8 @@ class Workspace:
         backend = await self.connector.connect()
         async with self._lock:
             if self._service is None or self._service[0] != backend:
-                self._service = (backend, await anyio.to_thread.run_sync(_open, backend))
+                with sdk_errors.told():
+                    self._service = (backend, await anyio.to_thread.run_sync(_open, backend))
         return self._service
 
     async def ask(

@@ -6,6 +6,7 @@ roles; knows nothing of tokens.
 
 from __future__ import annotations
 
+import codecs
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,27 +39,32 @@ class Problem:
         return f"{self.place}: {self.what}"
 
 
-def read_file(path: Path) -> tuple[list[Conversation], list[Problem]]:
+def read_file(name: str) -> tuple[list[Conversation], list[Problem]]:
     """Conversations of a JSONL file, one object a line, and the lines that hold none.
+
+    Args:
+        name: Its path; `~` is the home folder.
 
     Raises:
         NotFoundError: There is no such file.
-        InvalidInputError: It is a folder, empty, or not UTF-8.
+        InvalidInputError: It is a folder or a device, empty, or cannot be read.
     """
-    if not path.exists():
-        raise NotFoundError(
-            f"No file {str(path)!r}.",
-            next_step="Give an absolute path to a JSONL file, or pass conversations inline.",
-        )
-    if path.is_dir():
-        raise InvalidInputError(f"{str(path)!r} is a folder.", next_step="Name a JSONL file in it.")
     try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            raise InvalidInputError(f"{name!r} is a folder.", next_step="Name a JSONL file in it.")
+        if not path.exists():
+            raise NotFoundError(
+                f"No file {str(path)!r}.",
+                next_step="Give an absolute path to a JSONL file, or pass conversations inline.",
+            )
+        if not path.is_file():  # a device or a pipe may never end
+            raise InvalidInputError(f"{name!r} is no regular file.", next_step="Name a JSONL file.")
         rows = list(_lines(path))
-    except UnicodeDecodeError as error:
+    except (OSError, RuntimeError) as error:  # no permission, too long; no home of that user
         raise InvalidInputError(
-            f"{str(path)!r} is not UTF-8 text (byte {error.start}).",
-            next_step="Convert it to UTF-8 JSONL.",
-        ) from None
+            f"{name!r} cannot be read: {error}.", next_step="Name a JSONL file that can be read."
+        ) from error
     if not rows:
         raise InvalidInputError(
             f"{str(path)!r} is empty.", next_step='Write one {"messages": [...]} a line.'
@@ -86,7 +92,7 @@ def read_inline(
 
 def refuse(problems: Sequence[Problem], total: int) -> InvalidInputError:
     """The error that tells of unusable rows."""
-    shown = "\n".join(f"- {problem}" for problem in problems[:_SHOWN_PROBLEMS])
+    shown = "\n".join(f"- {str(problem)[:200]}" for problem in problems[:_SHOWN_PROBLEMS])
     more = len(problems) - _SHOWN_PROBLEMS
     return InvalidInputError(
         f"{len(problems)} of {total} conversations cannot be used:\n{shown}"
@@ -118,15 +124,25 @@ def split(
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, parsed line or the Problem it has) of each line that is not blank."""
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            place = f"line {number}"
-            if not line.strip():
-                continue
-            try:
-                yield place, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield place, Problem(place, f"broken JSON: {error.msg} at column {error.colno}")
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if text.strip():
+                place = f"line {number}"
+                # Without its end, after which a parser would count columns from 1 again.
+                yield place, _parsed(place, text.rstrip(b"\r\n"))
+
+
+def _parsed(place: str, line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        bad = line[error.start]
+        return Problem(place, f"not UTF-8 text: byte 0x{bad:02x} at position {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return Problem(place, f"broken JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
+        return Problem(place, f"JSON that cannot be read: {str(error)[:80]}")
 
 
 def _sort_out(rows: Any) -> tuple[list[Conversation], list[Problem]]:
@@ -164,11 +180,27 @@ def _message_problem(message: Any) -> str | None:
     content = message["content"]
     if not isinstance(content, (str, list)):
         return f"content is {type(content).__name__}, not text"
+    if not isinstance(content, str):
+        for index, part in enumerate(content):
+            if not _is_text_part(part):
+                return f"content[{index}] is no {{type: text, text: ...}}: {str(part)[:60]!r}"
     has_calls = bool(message.get("tool_calls"))
-    is_blank = not content.strip() if isinstance(content, str) else not content
-    if message["role"] == "assistant" and is_blank and not has_calls:
+    if message["role"] == "assistant" and _is_blank(content) and not has_calls:
         return "the assistant's content is empty"
     return None
+
+
+def _is_blank(content: str | list[Any]) -> bool:
+    if isinstance(content, str):
+        return not content.strip()
+    return all(not str(part[part["type"]]).strip() for part in content)
+
+
+def _is_text_part(part: Any) -> bool:
+    """A renderer leaves out parts that it does not know without a word."""
+    if not isinstance(part, Mapping) or part.get("type") not in ("text", "thinking"):
+        return False
+    return isinstance(part.get(part["type"]), str)
 
 
 def _order_problem(messages: Sequence[Mapping[str, Any]], index: int) -> str | None:

@@ -42,6 +42,15 @@ class DatumSet:
     example: str
 
 
+@dataclass(frozen=True)
+class Built:
+    """Datums of conversations, how many of these were truncated, and why others gave none."""
+
+    datums: Sequence[tinker.Datum]
+    truncated: int
+    problems: Sequence[Problem]
+
+
 def supervised_datum(
     messages: Conversation,
     renderer: ModelRenderer,
@@ -87,8 +96,8 @@ def build(
     train_on_what: str,
     max_length: int,
     reduction: Reduction,
-) -> tuple[list[tinker.Datum], int, list[Problem]]:
-    """Datums of conversations, how many were truncated, and those that gave none. Blocks."""
+) -> Built:
+    """Make a datum of each conversation that gives one. Blocks."""
     datums: list[tinker.Datum] = []
     truncated = 0
     problems: list[Problem] = []
@@ -102,7 +111,7 @@ def build(
             continue
         datums.append(datum)
         truncated += was_cut
-    return datums, truncated, problems
+    return Built(datums, truncated, problems)
 
 
 def measure(datums: Sequence[tinker.Datum]) -> TokenStatistics:

@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,7 @@ class TrainLoop:
 
     Attributes:
         submitted: Steps sent to the backend, done or not.
+        turn: Held by the call that advances it.
     """
 
     plan: TrainPlan
@@ -86,6 +87,7 @@ class TrainLoop:
     client: tinker.TrainingClient
     results: list[StepResult] = field(default_factory=list)
     submitted: int = 0
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _in_flight: deque[_Submitted] = field(default_factory=deque)
     _seconds_a_step: float | None = None
 
@@ -100,6 +102,9 @@ class TrainLoop:
             BackendUnreachableError: The backend stopped answering.
             Exception: What the SDK raises for a failed request; the loop cannot go on.
         """
+        if not self._in_flight and self.submitted < self.plan.steps:
+            # However long a step takes: each call brings the loop on.
+            self._in_flight.append(self._submit())
         while not self.is_finished:
             self._fill(deadline)
             if not self._in_flight:
@@ -154,8 +159,8 @@ class TrainLoop:
         optim_step = self.client.optim_step(self.plan.adam)
         return _Submitted(
             weight_sum(batch),
-            asyncio.create_task(forward_backward.coroutine()),
-            asyncio.create_task(optim_step.coroutine()),
+            _watched(forward_backward.coroutine()),
+            _watched(optim_step.coroutine()),
         )
 
     def _result(self, submitted: _Submitted) -> StepResult:
@@ -163,6 +168,13 @@ class TrainLoop:
         loss = output.metrics["loss:sum"] / submitted.weight if submitted.weight else math.nan
         metrics = submitted.optim_step.result().metrics or {}
         return StepResult(len(self.results) + 1, loss, metrics)
+
+
+def _watched(request: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """A task whose failure nobody needs to ask for: of a step's two the first is told."""
+    task = asyncio.create_task(request)
+    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    return task
 
 
 def batch_of(

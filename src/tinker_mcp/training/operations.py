@@ -121,20 +121,26 @@ async def train(workspace: Workspace, client_id: str, plan: TrainPlan, report: R
     loop = client.loops.get(plan.key)
     if loop is None:
         loop = client.loops[plan.key] = TrainLoop(plan, data.datums, client.tinker_client)
+    async with loop.turn:  # the same call made twice at once must not take a step twice
+        if not loop.is_finished:
+            await _advance(client, loop, deadline, report)
+    return loop
+
+
+async def _advance(client: OpenClient, loop: TrainLoop, deadline: float, report: Report) -> None:
     before = loop.submitted
     try:
         with told_about(client):
             await loop.advance(client.backend, deadline, report)
     except TinkerMcpError:
-        del client.loops[plan.key]
+        client.loops.pop(loop.plan.key, None)
         loop.close()
         client.step -= loop.submitted - len(loop.results)
         raise
     finally:
         client.step += loop.submitted - before
     if loop.is_finished:
-        del client.loops[plan.key]
-    return loop
+        client.loops.pop(loop.plan.key, None)
 
 
 async def save_checkpoint(

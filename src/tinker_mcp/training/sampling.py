@@ -92,8 +92,8 @@ async def sample(workspace: Workspace, source: Source, question: Question) -> Sa
             next_step="Give messages for a chat, or prompt for plain text to continue.",
         )
     deadline = workspace.deadline()
+    step = None if source.client_id is None else workspace.client(source.client_id).step
     backend, _ = await workspace.service()
-    step = workspace.client(source.client_id).step if source.client_id else None
     key = ("sample", source, step, repr(question))
     return await workspace.unfinished.finish(
         key, lambda: _sample(workspace, source, question), backend, deadline

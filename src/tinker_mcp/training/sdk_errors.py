@@ -22,32 +22,47 @@ _HTTP_NOT_FOUND = 404
 @contextmanager
 def told() -> Iterator[None]:
     """Turn an exception of the tinker SDK inside this block into a TinkerMcpError."""
-    import tinker
-
     try:
         yield
     except TinkerMcpError:
         raise
-    except tinker.RequestFailedError as error:
-        raise _failed(_SDK_TAIL.sub("", str(error)).removeprefix("Request failed: ")) from error
-    except tinker.APIStatusError as error:
-        raise _refused(error) from error
-    except tinker.APIConnectionError as error:
-        raise BackendUnreachableError(
+    except Exception as error:
+        in_our_terms = _translated(error)
+        if in_our_terms is None:
+            raise
+        raise in_our_terms from error
+
+
+def _translated(error: Exception) -> TinkerMcpError | None:
+    """The same in the domain's terms; None for what the SDK would not raise."""
+    import tinker  # only here: whoever raised its exception has loaded it
+
+    if isinstance(error, tinker.RequestFailedError):
+        return _failed(_SDK_TAIL.sub("", str(error)).removeprefix("Request failed: "))
+    if isinstance(error, tinker.APIStatusError):
+        return _refused(error)
+    if isinstance(error, tinker.APIConnectionError):
+        return BackendUnreachableError(
             f"The backend does not answer ({error}).", next_step="Call check_setup."
-        ) from error
-    except RuntimeError as error:
-        if "poisoned" in str(error) or "closed" in str(error):
-            raise ClientLostError(
-                f"The training client accepts no more requests: {error}",
-                next_step="Call create_training_client with its last checkpoint.",
-            ) from error
-        raise
-    except ValueError as error:  # the SDK's word for an answer it cannot use
-        raise RequestFailedError(
+        )
+    if isinstance(error, tinker.TinkerError):  # a key that cannot be one, for example
+        return RequestFailedError(_sentence(str(error)), next_step="Call check_setup.")
+    return _misused(error)
+
+
+def _misused(error: Exception) -> TinkerMcpError | None:
+    """What the SDK says with Python's own exceptions."""
+    if isinstance(error, RuntimeError) and re.search("poisoned|closed", str(error)):
+        return ClientLostError(
+            f"The training client accepts no more requests: {_sentence(str(error))}",
+            next_step="Call create_training_client with its last checkpoint.",
+        )
+    if isinstance(error, ValueError):  # its word for an answer it cannot use
+        return RequestFailedError(
             f"The SDK could not use the backend's answer: {_SDK_TAIL.sub('', str(error))}.",
             next_step="Call check_setup: backend and SDK may not be of one version.",
-        ) from error
+        )
+    return None
 
 
 def _failed(reason: str) -> TinkerMcpError:
@@ -55,7 +70,11 @@ def _failed(reason: str) -> TinkerMcpError:
         return ClientLostError(
             reason, next_step="Call list_checkpoints, then create_training_client(checkpoint=...)."
         )
-    return RequestFailedError(reason, next_step="Correct the request and call again.")
+    return RequestFailedError(_sentence(reason), next_step="Correct the request and call again.")
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def _refused(error: Exception) -> TinkerMcpError:
@@ -68,5 +87,6 @@ def _refused(error: Exception) -> TinkerMcpError:
     if status == _HTTP_NOT_FOUND:
         return NotFoundError(reason, next_step="Call list_checkpoints or list_models.")
     return RequestFailedError(
-        f"{reason} (HTTP {status})", next_step="Call check_setup, then correct the request."
+        f"{reason.rstrip('.')} (HTTP {status}).",
+        next_step="Call check_setup, then correct the request.",
     )

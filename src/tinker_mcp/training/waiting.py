@@ -77,6 +77,8 @@ class Unfinished:
         if not is_done:
             return None
         self._tasks.pop(key, None)
+        if task.cancelled():  # another call that waited for it found the backend dead
+            raise unreachable(backend)
         result: T = task.result()
         return result
 

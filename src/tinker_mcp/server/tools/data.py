@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
 from pydantic import BaseModel, Field
 
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.server.tools.replies import ToolContext, workspace_of
+from tinker_mcp.server.tools.replies import Seed, ToolContext, workspace_of
 from tinker_mcp.training import datasets, datums, rendering
 from tinker_mcp.training.clients import Workspace
 from tinker_mcp.training.datasets import Conversation
@@ -71,7 +70,7 @@ async def build_datums(
     eval_share: Annotated[
         float, Field(ge=0, lt=1, description="Share kept aside under an eval_data_id, e.g. 0.1.")
     ] = 0.0,
-    seed: Annotated[int, Field(description="Chooses which conversations are kept aside.")] = 0,
+    seed: Annotated[Seed, Field(description="Chooses which conversations are kept aside.")] = 0,
     reduction: Annotated[
         Literal["none", "mean"],
         Field(description="mean: each conversation's weights sum to 1, so all count alike."),
@@ -94,15 +93,19 @@ async def build_datums(
     model = await anyio.to_thread.run_sync(rendering.load, backend, base_model, renderer)
     train_rows, eval_rows = datasets.split(found, eval_share, seed)
 
-    def build(rows: list[Conversation]) -> DatumSet:
-        made, truncated, refused = datums.build(rows, model, train_on_what, max_length, reduction)
-        problems.extend(refused)
-        if not made or (refused and not skip_invalid):
-            raise datasets.refuse(refused, len(rows))
-        return _keep(workspace, model, made, truncated)
+    def build(rows: list[Conversation]) -> datums.Built:
+        return datums.build(rows, model, train_on_what, max_length, reduction)
 
-    train = await anyio.to_thread.run_sync(build, train_rows)
-    held_out = await anyio.to_thread.run_sync(build, eval_rows) if eval_rows else None
+    made = await anyio.to_thread.run_sync(build, train_rows)
+    made_eval = await anyio.to_thread.run_sync(build, eval_rows) if eval_rows else None
+    sides = [made] if made_eval is None else [made, made_eval]
+    refused = [problem for side in sides for problem in side.problems]
+    if refused and not (skip_invalid and all(side.datums for side in sides)):
+        raise datasets.refuse(refused, len(found))
+    problems += refused
+    # Kept only now: a refused call leaves no handle behind.
+    train = _keep(workspace, model, made)
+    held_out = None if made_eval is None else _keep(workspace, model, made_eval)
     return BuiltDatums(
         data_id=train.data_id,
         datums=len(train.datums),
@@ -129,20 +132,20 @@ def _read(
             "build_datums needs either path or conversations.", next_step="Give exactly one."
         )
     if path is not None:
-        return datasets.read_file(Path(path).expanduser())
+        return datasets.read_file(path)
     return datasets.read_inline(conversations or [])
 
 
-def _keep(workspace: Workspace, model: ModelRenderer, made: Any, truncated: int) -> DatumSet:
+def _keep(workspace: Workspace, model: ModelRenderer, made: datums.Built) -> DatumSet:
     data_id = workspace.next_id("data")
     kept = workspace.data[data_id] = DatumSet(
         data_id=data_id,
         base_model=model.model_name,
         renderer=model.name,
-        datums=made,
-        truncated=truncated,
-        statistics=datums.measure(made),
-        example=datums.marked(made[0], model),
+        datums=made.datums,
+        truncated=made.truncated,
+        statistics=datums.measure(made.datums),
+        example=datums.marked(made.datums[0], model),
     )
     return kept
 

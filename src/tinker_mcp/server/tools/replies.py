@@ -5,6 +5,7 @@ Each reply is a pydantic model whose last field is `next_step`, the next sensibl
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, TypeAlias
 
 from mcp.server.mcpserver import Context
@@ -16,6 +17,8 @@ ToolContext: TypeAlias = Context[Workspace]
 
 ClientId = Annotated[str, Field(description='A training client\'s handle, such as "client-1".')]
 DataId = Annotated[str, Field(description='A handle from build_datums, such as "data-1".')]
+CheckpointPath = Annotated[str, Field(pattern=r"^tinker://.+")]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 LearningRate = Annotated[
     float, Field(gt=0, description="Adam's learning rate; list_models advises one with its source.")
 ]
@@ -32,3 +35,8 @@ STILL_RUNNING = "Still running, nothing is lost: call {tool} again with the same
 def rounded(value: float, digits: int = 4) -> float:
     """A number short enough to read."""
     return float(f"{value:.{digits}g}")
+
+
+def finite(value: float, digits: int = 6) -> float | None:
+    """Rounded; None for NaN and infinities, which JSON cannot say."""
+    return rounded(value, digits) if math.isfinite(value) else None

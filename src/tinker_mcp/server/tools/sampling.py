@@ -6,7 +6,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from tinker_mcp.server.tools.replies import STILL_RUNNING, ToolContext, rounded, workspace_of
+from tinker_mcp.server.tools.replies import (
+    STILL_RUNNING,
+    CheckpointPath,
+    Seed,
+    ToolContext,
+    finite,
+    workspace_of,
+)
 from tinker_mcp.training import sampling
 from tinker_mcp.training.sampling import Question, Source
 
@@ -18,7 +25,9 @@ class SampleText(BaseModel):
     is_complete: bool = Field(description="It came to its proper end, not to max_tokens.")
     stop_reason: str
     tokens: int
-    mean_logprob: float = Field(description="Nats a token, under the sampled weights.")
+    mean_logprob: float | None = Field(
+        description="Nats a token, under the sampled weights; null if it is not finite."
+    )
     is_cut: bool = Field(description="text was shortened for this reply.")
 
 
@@ -38,11 +47,16 @@ async def sample(
     client_id: Annotated[
         str | None, Field(description="Sample this training client's current weights.")
     ] = None,
-    checkpoint: Annotated[str | None, Field(description="Or a saved one, tinker://...")] = None,
+    checkpoint: Annotated[
+        CheckpointPath | None, Field(description="Or a saved one, tinker://...")
+    ] = None,
     base_model: Annotated[str | None, Field(description="Or an untrained model.")] = None,
     messages: Annotated[
         list[dict[str, Any]] | None,
-        Field(description='Chat: [{"role": "user", "content": "..."}], rendered for the model.'),
+        Field(
+            min_length=1,
+            description='Chat: [{"role": "user", "content": "..."}], rendered for the model.',
+        ),
     ] = None,
     prompt: Annotated[
         str | None, Field(description="Or plain text to continue, without a chat format.")
@@ -52,9 +66,10 @@ async def sample(
     temperature: Annotated[float, Field(ge=0, description="0 is greedy.")] = 1.0,
     top_k: Annotated[int, Field(ge=-1, description="-1 keeps all.")] = -1,
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0,
-    seed: Annotated[int | None, Field(description="Makes it repeatable.")] = None,
+    seed: Annotated[Seed | None, Field(description="Makes it repeatable.")] = None,
     stop: Annotated[
-        list[str] | None, Field(description="Texts that end a sample. Default: the chat's own end.")
+        list[Annotated[str, Field(min_length=1)]] | None,
+        Field(description="Texts that end a sample. Default: the chat's own end."),
     ] = None,
     renderer: Annotated[str | None, Field(description="Default: the recommended one.")] = None,
 ) -> Samples:
@@ -107,7 +122,7 @@ def _shown(answer: sampling.Answer, characters: int) -> SampleText:
         is_complete=answer.is_complete,
         stop_reason=answer.stop_reason,
         tokens=answer.tokens,
-        mean_logprob=rounded(answer.mean_logprob),
+        mean_logprob=finite(answer.mean_logprob, 4),
         is_cut=len(answer.text) > characters,
     )
 

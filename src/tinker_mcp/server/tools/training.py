@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, Field
+import anyio.to_thread
+from pydantic import BaseModel, ConfigDict, Field
 
 from tinker_mcp.errors import InvalidInputError
 from tinker_mcp.server.tools.replies import (
     STILL_RUNNING,
+    CheckpointPath,
     ClientId,
     DataId,
     LearningRate,
+    Seed,
     ToolContext,
+    finite,
     rounded,
     workspace_of,
 )
@@ -30,6 +34,8 @@ _POINTS_SHOWN = 40
 
 class AdamStep(BaseModel):
     """Adam's settings for one step, by the SDK's names and with its defaults."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     learning_rate: float = Field(gt=0)
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -98,10 +104,11 @@ async def create_training_client(
         str | None, Field(description="Start a new adapter on this model.")
     ] = None,
     checkpoint: Annotated[
-        str | None, Field(description="Or go on from a saved state, tinker://.../weights/...")
+        CheckpointPath | None,
+        Field(description="Or go on from a saved state, tinker://.../weights/..."),
     ] = None,
     rank: Annotated[int, Field(ge=1, le=512, description="LoRA rank.")] = 32,
-    seed: Annotated[int | None, Field(description="Makes the initial adapter repeatable.")] = None,
+    seed: Annotated[Seed | None, Field(description="Makes the initial adapter repeatable.")] = None,
     train_mlp: bool = True,
     train_attn: bool = True,
     train_unembed: bool = True,
@@ -135,7 +142,7 @@ async def create_training_client(
             learning_rate_source=None,
             next_step=STILL_RUNNING.format(tool="create_training_client"),
         )
-    advice = models.learning_rate(client.base_model)
+    advice = await anyio.to_thread.run_sync(models.learning_rate, client.base_model)
     return CreatedClient(
         finished=True,
         client_id=client.client_id,
@@ -194,9 +201,9 @@ async def forward_backward(
         next_step = f'Call it again, or sample(client_id="{client_id}", messages=...).'
     return Gradients(
         finished=scored is not None,
-        loss=_finite(scored.loss) if scored else None,
+        loss=finite(scored.loss) if scored else None,
         is_finite=math.isfinite(scored.loss) if scored else None,
-        loss_sum=_finite(scored.loss_sum) if scored else None,
+        loss_sum=finite(scored.loss_sum) if scored else None,
         datums=len(datums),
         trained_tokens=scored.trained_tokens if scored else None,
         step=client.step,
@@ -252,7 +259,7 @@ async def train(
     batch_size: Annotated[int, Field(ge=1, description="Datums a step.")],
     learning_rate: LearningRate,
     loss_fn: LossName = "cross_entropy",
-    seed: Annotated[int, Field(description="Chooses the order of the data.")] = 0,
+    seed: Annotated[Seed, Field(description="Chooses the order of the data.")] = 0,
     weight_decay: Annotated[float, Field(ge=0)] = 0.0,
     grad_clip_norm: Annotated[float, Field(ge=0, description="0 clips nothing.")] = 0.0,
 ) -> Trained:
@@ -325,11 +332,6 @@ def _adam(step: AdamStep) -> tinker.AdamParams:
     return tinker.AdamParams(**step.model_dump())
 
 
-def _finite(value: float) -> float | None:
-    """None for NaN and infinities, which JSON cannot say; `is_finite` says it."""
-    return rounded(value, 6) if math.isfinite(value) else None
-
-
 def _grad_norm(metrics: dict[str, float] | None) -> float | None:
     norm = (metrics or {}).get("grad_norm")
-    return None if norm is None else _finite(norm)
+    return None if norm is None else finite(norm)

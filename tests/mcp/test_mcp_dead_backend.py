@@ -1,0 +1,173 @@
+"""A backend that dies, refuses or cannot start is reported within seconds, with the way on."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agents import TINY, backends_of, in_memory, over_stdio
+
+from servers import LocalServer, start_server
+from tinker_mcp.settings import Settings
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+async def test_a_backend_killed_while_it_trains_is_reported_and_the_checkpoint_goes_on(
+    own_home: Path,
+) -> None:
+    server = start_server(own_home / "local")
+    async with in_memory(Settings(home=own_home)) as agent:
+        data = await agent.new_data(eval_share=0.25)
+        client_id = await agent.new_client()
+        await agent.train(client_id, data["data_id"], steps=3)
+        saved = await agent.call("save_checkpoint", client_id=client_id, name="kept")
+        before = await agent.loss(client_id, data["eval_data_id"])
+
+        progressing = asyncio.Event()
+
+        async def note(*_: Any) -> None:
+            progressing.set()
+
+        long = asyncio.create_task(
+            agent.client.call_tool(
+                "train",
+                {
+                    "client_id": client_id,
+                    "data_id": data["data_id"],
+                    "steps": 100_000,
+                    "batch_size": 2,
+                    "learning_rate": 1e-3,
+                },
+                progress_callback=note,
+            )
+        )
+        await asyncio.wait_for(progressing.wait(), 30)
+        server.kill()
+        began = time.monotonic()
+        reply = await asyncio.wait_for(long, 15)
+        assert reply.is_error
+        assert time.monotonic() - began < 15
+        said = getattr(reply.content[0], "text", "")
+        assert said.startswith("backend_unreachable: ")
+        assert "saved as a checkpoint is not lost" in said
+
+        between = await agent.error("optim_step", client_id=client_id, learning_rate=1e-3)
+        assert between.startswith("client_lost: ")
+        assert f'create_training_client(checkpoint="{saved["state"]}")' in between
+
+        again = await agent.call("create_training_client", checkpoint=saved["state"])
+        assert again["client_id"] != client_id
+        assert await agent.loss(again["client_id"], data["eval_data_id"]) == before
+
+
+async def test_a_client_without_a_checkpoint_says_that_its_steps_are_gone(own_home: Path) -> None:
+    server = start_server(own_home / "local")
+    async with in_memory(Settings(home=own_home)) as agent:
+        data_id = (await agent.new_data())["data_id"]
+        client_id = await agent.new_client()
+        await agent.train(client_id, data_id, steps=3)
+        server.kill()
+        said = await agent.error("optim_step", client_id=client_id, learning_rate=1e-3)
+    assert "had no checkpoint, so its 3 steps are gone" in said
+    assert "create_training_client" in said
+
+
+async def test_two_servers_that_start_the_backend_at_once_share_one(own_home: Path) -> None:
+    async with over_stdio(own_home) as one, over_stdio(own_home) as two:
+        replies = await asyncio.gather(one.call("list_models"), two.call("list_models"))
+    assert replies[0]["backend"] == replies[1]["backend"]
+    assert len(backends_of(own_home)) == 1
+
+
+async def test_a_backend_that_cannot_start_gives_its_reason(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINKER_LOCAL_MODELS", "/no/such/model")
+    async with in_memory(Settings(home=own_home)) as agent:
+        said = await agent.error("list_models")
+    assert said.startswith("backend_unreachable: The local backend could not start: ")
+    assert "/no/such/model" in said
+
+
+async def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    home = tmp_path / "file"
+    home.write_text("no folder")
+    async with in_memory(Settings(home=home)) as agent:
+        said = await agent.error("list_models")
+    assert str(home) in said
+    assert "TINKER_MCP_HOME" in said
+
+
+async def test_a_note_that_makes_no_sense_is_as_good_as_none(own_home: Path) -> None:
+    (own_home / "local").mkdir(parents=True)
+    (own_home / "local" / "server.json").write_text("[]")
+    async with in_memory(Settings(home=own_home)) as agent:
+        setup = await agent.call("check_setup")
+    assert setup["backend_state"] == "not running; starts when it is first needed"
+
+
+async def test_hosted_without_a_key_says_how_to_go_on() -> None:
+    async with in_memory(Settings(backend="hosted")) as agent:
+        said = await agent.error("list_models")
+        setup = await agent.call("check_setup")
+    assert "TINKER_API_KEY is not set" in said
+    assert "--backend local" in said
+    assert setup["problems"][0]["problem"] == "TINKER_API_KEY is not set."
+
+
+async def test_an_address_that_refuses_connections_is_reported_in_seconds(free_port: int) -> None:
+    hosted = Settings(base_url=f"http://127.0.0.1:{free_port}", api_key="tml-x")
+    async with in_memory(hosted) as agent:
+        began = time.monotonic()
+        said = await agent.error("list_models")
+        setup = await agent.call("check_setup")
+        assert time.monotonic() - began < 3
+    assert said.startswith(f"backend_unreachable: The backend hosted (127.0.0.1:{free_port})")
+    assert setup["backend_state"] == "unreachable"
+
+
+@pytest.mark.parametrize("key", ["tml-wrong", "wrong"])
+async def test_a_wrong_key_is_told_as_such(home_server: LocalServer, key: str) -> None:
+    async with in_memory(Settings(base_url=home_server.base_url, api_key=key)) as agent:
+        began = time.monotonic()
+        said = await agent.error("list_models")
+        opened = await agent.error("create_training_client", base_model=TINY)
+        setup = await agent.call("check_setup")
+        assert time.monotonic() - began < 10
+    assert [("key" in text.lower(), key in text) for text in (said, opened)] == [(True, False)] * 2
+    assert "the API key was refused" in setup["problems"][0]["problem"]
+
+
+async def test_with_the_right_key_everything_works_as_hosted(
+    home_server: LocalServer, tmp_path: Path
+) -> None:
+    async with over_stdio(tmp_path / "home", **home_server.env) as agent:
+        data = await agent.new_data()
+        client_id = await agent.new_client()
+        trained = await agent.train(client_id, data["data_id"])
+        await agent.text(client_id=client_id)
+    assert trained["backend"] == f"hosted (127.0.0.1:{home_server.port})"
+    assert not (tmp_path / "home").exists()
+
+
+def test_the_server_is_gone_when_its_input_ends(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "tinker_mcp", "serve"],
+        input=b"",
+        capture_output=True,
+        timeout=20,
+        check=False,
+    )
+    assert (process.returncode, process.stdout) == (0, b"")

@@ -1,0 +1,193 @@
+"""Many steps: which datums, in which order, overlapped, and in portions."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from agents import TINY, Agent, in_memory
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinker_mcp.settings import Settings
+from tinker_mcp.training.backend import Backend
+from tinker_mcp.training.datasets import Conversation
+from tinker_mcp.training.datums import build
+from tinker_mcp.training.loop import TrainLoop, TrainPlan, batch_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import tinker
+
+    from tinker_mcp.training.rendering import ModelRenderer
+
+
+@given(count=st.integers(1, 20), batch_size=st.integers(1, 30), seed=st.integers(0, 99))
+def test_an_epoch_of_batches_sees_every_datum_equally_often(
+    count: int, batch_size: int, seed: int
+) -> None:
+    numbers: Any = range(count)
+    seen = Counter(n for step in range(count) for n in batch_of(numbers, batch_size, step, seed))
+    assert seen == dict.fromkeys(range(count), batch_size)
+
+
+def test_the_order_is_the_seeds_and_new_in_each_epoch() -> None:
+    numbers: Any = range(32)
+    first, second = (batch_of(numbers, 32, epoch, 7) for epoch in (0, 1))
+    assert first == batch_of(numbers, 32, 0, 7)
+    assert first != second
+    assert first != batch_of(numbers, 32, 0, 8)
+
+
+class Watched:
+    """A real training client, and a record of what was submitted and what was answered."""
+
+    def __init__(self, client: tinker.TrainingClient) -> None:
+        self._client = client
+        self.record: list[str] = []
+
+    def forward_backward(self, batch: Any, loss_fn: Any) -> Answering:
+        self.record.append("forward_backward")
+        return Answering(self._client.forward_backward(batch, loss_fn), "answered", self.record)
+
+    def optim_step(self, adam: Any) -> Answering:
+        self.record.append("optim_step")
+        return Answering(self._client.optim_step(adam), "stepped", self.record)
+
+
+class Answering:
+    def __init__(self, future: Any, word: str, record: list[str]) -> None:
+        self._future, self._word, self._record = future, word, record
+
+    async def coroutine(self) -> Any:
+        answer = await self._future.coroutine()
+        self._record.append(self._word)
+        return answer
+
+
+@pytest.fixture
+def tinker_client(backend: Backend) -> Iterator[tinker.TrainingClient]:
+    import tinker
+
+    with tinker.ServiceClient(base_url=backend.base_url, api_key=backend.api_key) as service:
+        yield service.create_lora_training_client(base_model=TINY, rank=4, seed=0).result()
+
+
+def loop_of(client: Any, tiny: ModelRenderer, steps: int) -> TrainLoop:
+    import tinker
+
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    datums = build([Conversation("line 1", talk)] * 4, tiny, "all_tokens", 99, "none").datums
+    plan = TrainPlan("data-1", steps, 2, tinker.AdamParams(learning_rate=1e-3), "cross_entropy", 0)
+    return TrainLoop(plan, datums, client)
+
+
+async def ignore(_: object) -> None:
+    return None
+
+
+async def test_the_next_batch_is_submitted_before_the_last_one_is_answered(
+    backend: Backend, tiny: ModelRenderer, tinker_client: tinker.TrainingClient
+) -> None:
+    watched = Watched(tinker_client)
+    loop = loop_of(watched, tiny, steps=3)
+    await loop.advance(backend, time.monotonic() + 30, ignore)
+    assert watched.record[:4] == ["forward_backward", "optim_step"] * 2
+    third = len(watched.record) - 1 - watched.record[::-1].index("forward_backward")
+    assert watched.record[:third].count("stepped") < 2
+    assert loop.is_finished
+
+
+async def test_a_step_longer_than_a_call_still_brings_the_loop_on(
+    backend: Backend, tiny: ModelRenderer, tinker_client: tinker.TrainingClient
+) -> None:
+    loop = loop_of(tinker_client, tiny, steps=4)
+    loop._seconds_a_step = 60.0  # as if a step had taken longer than a call may
+    for _ in range(40):
+        if loop.is_finished:
+            break
+        loop._seconds_a_step = 60.0
+        await loop.advance(backend, time.monotonic() + 1, ignore)
+    assert [result.step for result in loop.results] == [1, 2, 3, 4]
+
+
+async def trained_to_the_end(agent: Agent, **arguments: Any) -> list[dict[str, Any]]:
+    """Replies of one train call made again until it is finished."""
+    replies = [await agent.train(**arguments)]
+    while not replies[-1]["finished"]:
+        replies.append(await agent.train(**arguments))
+    return replies
+
+
+async def test_a_train_cut_into_calls_equals_one_that_was_not(settings: Settings) -> None:
+    async with in_memory(settings) as agent:
+        data_id = (await agent.new_data())["data_id"]
+        whole = await agent.train(await agent.new_client(), data_id, steps=40)
+    short = Settings(home=settings.home, call_limit_s=0.25)
+    async with in_memory(settings) as patient:  # opens what a short call has no time for
+        del patient
+    async with in_memory(short) as agent:
+        data_id = await until_there(agent, "build_datums", "data_id")
+        client_id = await until_there(agent, "create_training_client", "client_id")
+        replies = await trained_to_the_end(agent, client_id=client_id, data_id=data_id, steps=40)
+    assert len(replies) > 1
+    assert 0 <= replies[0]["steps_done"] < 40
+    assert "call train again with the same arguments" in replies[0]["next_step"]
+    assert replies[-1]["client_step"] == 40
+    assert replies[-1]["losses"] == whole["losses"]
+
+
+async def until_there(agent: Agent, tool: str, field: str) -> str:
+    ask = agent.new_data if tool == "build_datums" else agent.new_client
+    for _ in range(100):
+        reply: Any = await ask()
+        handle = reply[field] if isinstance(reply, dict) else reply
+        if handle not in (None, "None"):
+            return str(handle)
+    raise AssertionError(f"{tool} never finished")
+
+
+async def test_other_arguments_are_another_loop(settings: Settings) -> None:
+    async with in_memory(settings) as agent:
+        data_id = (await agent.new_data())["data_id"]
+        client_id = await agent.new_client()
+        first = await agent.train(client_id, data_id, seed=0)
+        second = await agent.train(client_id, data_id, seed=1)
+    assert (first["steps_done"], second["steps_done"]) == (3, 3)
+    assert (first["client_step"], second["client_step"]) == (3, 6)
+
+
+async def test_the_same_train_called_twice_at_once_takes_its_steps_once(
+    settings: Settings,
+) -> None:
+    async with in_memory(settings) as agent:
+        data_id = (await agent.new_data())["data_id"]
+        client_id = await agent.new_client()
+        calls = [agent.train(client_id, data_id, steps=20) for _ in "ab"]
+        replies = await asyncio.gather(*calls)
+    assert [reply["client_step"] for reply in replies] == [20, 20]
+    assert replies[0]["losses"] == replies[1]["losses"]
+
+
+async def test_a_failing_step_leaves_the_client_usable(settings: Settings) -> None:
+    long = [[{"role": "user", "content": "x" * 5000}, {"role": "assistant", "content": "y"}]]
+    async with in_memory(settings) as agent:
+        too_long = (await agent.new_data(conversations=long, max_length=6000))["data_id"]
+        data_id = (await agent.new_data())["data_id"]
+        client_id = await agent.new_client()
+        said = await agent.error(
+            "train",
+            client_id=client_id,
+            data_id=too_long,
+            steps=2,
+            batch_size=1,
+            learning_rate=1e-3,
+        )
+        trained = await agent.train(client_id, data_id, steps=2)
+    assert said.startswith("request_failed: ")
+    assert "4096" in said
+    assert trained["steps_done"] == 2

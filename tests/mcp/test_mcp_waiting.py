@@ -1,0 +1,93 @@
+"""Waiting with a deadline, an eye on the backend, and work that several calls share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from servers import LocalServer
+from tinker_mcp.errors import BackendUnreachableError
+from tinker_mcp.training.backend import Backend
+from tinker_mcp.training.waiting import Unfinished, wait
+
+
+async def value(event: asyncio.Event, result: str = "done") -> str:
+    await event.wait()
+    return result
+
+
+async def test_a_wait_ends_at_its_deadline_and_the_work_goes_on(backend: Backend) -> None:
+    event, unfinished = asyncio.Event(), Unfinished()
+    began = time.monotonic()
+    first = await unfinished.finish("k", lambda: value(event), backend, began + 0.1)
+    assert first is None
+    assert 0.1 <= time.monotonic() - began < 1
+    event.set()
+    assert await unfinished.finish("k", never, backend, time.monotonic() + 5) == "done"
+
+
+async def test_calls_with_equal_keys_share_one_piece_of_work(backend: Backend) -> None:
+    starts: list[int] = []
+    event, unfinished = asyncio.Event(), Unfinished()
+
+    async def start() -> str:
+        starts.append(1)
+        return await value(event)
+
+    deadline = time.monotonic() + 5
+    calls = [asyncio.create_task(unfinished.finish("k", start, backend, deadline)) for _ in "ab"]
+    await asyncio.sleep(0)  # both calls have begun
+    event.set()
+    assert await asyncio.gather(*calls) == ["done", "done"]
+    assert starts == [1]
+
+
+async def test_other_keys_are_other_work(backend: Backend) -> None:
+    event, unfinished = asyncio.Event(), Unfinished()
+    event.set()
+    deadline = time.monotonic() + 5
+    a = await unfinished.finish("a", lambda: value(event, "A"), backend, deadline)
+    b = await unfinished.finish("b", lambda: value(event, "B"), backend, deadline)
+    assert (a, b) == ("A", "B")
+
+
+async def test_finished_work_starts_anew_and_so_does_failed_work(backend: Backend) -> None:
+    unfinished = Unfinished()
+    deadline = time.monotonic() + 5
+    with pytest.raises(RuntimeError, match="never"):
+        await unfinished.finish("k", never, backend, deadline)
+    for expected in ("first", "second"):
+        event = asyncio.Event()
+        event.set()
+        start = lambda event=event, expected=expected: value(event, expected)  # noqa: E731
+        assert await unfinished.finish("k", start, backend, deadline) == expected
+
+
+async def test_a_dead_backend_is_told_in_seconds_to_every_call_that_waits(
+    own_server: LocalServer,
+) -> None:
+    dead = Backend("local", own_server.base_url, own_server.api_key)
+    own_server.kill()
+    unfinished, event = Unfinished(), asyncio.Event()
+    began = time.monotonic()
+
+    async def call() -> str | None:
+        return await unfinished.finish("k", lambda: value(event), dead, began + 45)
+
+    outcomes = await asyncio.gather(call(), call(), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [BackendUnreachableError] * 2
+    assert time.monotonic() - began < 10
+
+
+async def test_a_slow_healthy_backend_is_waited_for(backend: Backend) -> None:
+    event = asyncio.Event()
+    task = asyncio.create_task(value(event))
+    looks = 2.5  # longer than the first look at the backend's health, after 2 s
+    asyncio.get_running_loop().call_later(looks, event.set)
+    assert await wait({task}, backend, time.monotonic() + 10)
+
+
+async def never() -> str:
+    raise RuntimeError("never to be started twice")
