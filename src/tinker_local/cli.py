@@ -86,8 +86,7 @@ def serve(
     The line holds base_url, api_key, pid, models and env, the variables that any program on the
     tinker SDK needs to use this server.
     """
-    # Before huggingface_hub is imported: a served model is a local folder, and a look-up on a
-    # machine without network hangs for 70 s.
+    # Before tokenizers is imported, which reads it once and else warns at each fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from tinker_local.server import ServeOptions, serve
 

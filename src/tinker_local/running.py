@@ -17,6 +17,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from tinker_local.errors import UserInputError
 
 _NOTE, _LOCK = "server.json", "server.lock"
+_LOOK_S = 0.5  # `find` takes the lock for a moment to see whether a server has it
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,22 @@ def default_state_dir() -> Path:
 def claim(state_dir: Path) -> BaseFileLock:
     """Take the state directory for this process, until it ends.
 
+    The note of a predecessor that was killed is withdrawn.
+
     Raises:
         UserInputError: Another server has it.
     """
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = FileLock(state_dir / _LOCK)
     try:
-        return lock.acquire(blocking=False).lock
+        lock.acquire(timeout=_LOOK_S)
     except Timeout:
         raise UserInputError(
             f"Another tinker-local serves {state_dir}.",
             "Use it (`tinker-local env` prints how), end it, or give another --state-dir.",
         ) from None
+    withdraw(state_dir)
+    return lock
 
 
 def publish(state_dir: Path, server: RunningServer) -> None:

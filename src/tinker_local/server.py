@@ -11,16 +11,19 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from tinker_local import running, weights
-from tinker_local.engine.hardware import DtypeName
 from tinker_local.errors import UserInputError
-from tinker_local.service.guard import Guard
+
+if TYPE_CHECKING:  # both load torch
+    from tinker_local.engine.hardware import DtypeName
+    from tinker_local.service.guard import Guard
 
 
 @dataclass(frozen=True)
@@ -38,18 +41,18 @@ class ServeOptions:
 def serve(options: ServeOptions) -> None:
     """Serve until a signal comes or, with `idle_exit_s`, nobody has asked for so long.
 
-    Prints one JSON line to stdout when it is ready.
+    Prints one JSON line to stdout when it is ready. Ends the process once it has served.
 
     Raises:
         LocalError: A model, the address or the state directory cannot be had.
     """
     with _claimed(options.state_dir):
+        listener = _bind(options.host, options.port)
         cache = weights.cache_dir()
         models = [
             weights.resolve_model(spec, cache, progress=weights.stderr_progress)
             for spec in options.models
         ]
-        listener = _listen(options.host, options.port)
         host, port = listener.getsockname()[:2]
         base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         api_key = f"tml-local-{secrets.token_urlsafe(24)}"
@@ -69,24 +72,39 @@ def serve(options: ServeOptions) -> None:
         from transformers.utils.logging import disable_progress_bar
 
         from tinker_local.engine import TorchEngine
-        from tinker_local.service import create_app
+        from tinker_local.service import create_app, say_goodbye
+        from tinker_local.service.guard import Guard
 
         # Loading takes a second, and the log should stay readable.
         disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no annotation
 
         engine = TorchEngine({model.name: model.folder for model in models}, options.dtype)
-        app = Guard(create_app(engine, options.state_dir), api_key)
-        asyncio.run(_run(app, listener, note, options))
+        app = create_app(engine, options.state_dir)
+        guard = Guard(app, api_key)
+        server = _AnnouncedServer(guard, note, options.state_dir, lambda: say_goodbye(app))
+        # uvicorn raises the signal that ended it again once it has shut down.
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            asyncio.run(_run(server, guard, listener, options.idle_exit_s))
+    # The engine's thread may be inside a step, and torch aborts a process whose interpreter is
+    # torn down under it.
+    os._exit(0 if server.started else 1)
 
 
 class _AnnouncedServer(uvicorn.Server):
-    """Tells where it is as soon as it accepts connections."""
+    """Tells where it is as soon as it accepts connections, and those who wait that it ends."""
 
-    def __init__(self, app: Guard, note: running.RunningServer, state_dir: Path) -> None:
+    def __init__(
+        self,
+        app: Guard,
+        note: running.RunningServer,
+        state_dir: Path,
+        say_goodbye: Callable[[], None],
+    ) -> None:
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
         super().__init__(config)
         self._note = note
         self._state_dir = state_dir
+        self._say_goodbye = say_goodbye
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -95,12 +113,15 @@ class _AnnouncedServer(uvicorn.Server):
             sys.stdout.write(self._note.ready_line() + "\n")
             sys.stdout.flush()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._say_goodbye()
+        await super().shutdown(sockets)
+
 
 async def _run(
-    app: Guard, listener: socket.socket, note: running.RunningServer, options: ServeOptions
+    server: uvicorn.Server, guard: Guard, listener: socket.socket, idle_exit_s: float
 ) -> None:
-    server = _AnnouncedServer(app, note, options.state_dir)
-    idle = asyncio.create_task(_exit_when_idle(app, server, options.idle_exit_s))
+    idle = asyncio.create_task(_exit_when_idle(guard, server, idle_exit_s))
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -119,8 +140,7 @@ async def _exit_when_idle(app: Guard, server: uvicorn.Server, idle_exit_s: float
 @contextlib.contextmanager
 def _claimed(state_dir: Path) -> Iterator[None]:
     lock = running.claim(state_dir)
-    # uvicorn raises the signal again once it has shut down; by default that ends the process
-    # before the note is withdrawn.
+    # By default the signal ends the process before the note is withdrawn.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         yield
@@ -129,7 +149,12 @@ def _claimed(state_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the address; connections are refused until uvicorn listens on it.
+
+    Raises:
+        UserInputError: No loopback address, or the port is taken.
+    """
     try:
         is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -150,5 +175,4 @@ def _listen(host: str, port: int) -> socket.socket:
             f"Cannot listen on {host}:{port}: {error.strerror}.",
             "Use --port 0, which finds a free one.",
         ) from None
-    listener.listen(128)
     return listener

@@ -4,6 +4,6 @@ It knows sessions, order, futures and the names of checkpoints; what a request c
 engine's business, reached through `tinker_local.ops` alone.
 """
 
-from tinker_local.service.app import create_app
+from tinker_local.service.app import create_app, say_goodbye
 
-__all__ = ["create_app"]
+__all__ = ["create_app", "say_goodbye"]

@@ -72,6 +72,15 @@ def create_app(engine: Engine, state_dir: Path) -> Starlette:
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers={LocalError: refuse})
 
 
+def say_goodbye(app: Starlette) -> None:
+    """Answer every long poll; the SDK would ask a server that is gone again for ever."""
+    backend: Backend = app.state.backend
+    backend.futures.fail_pending(
+        "tinker-local was ended before this request was done. Start it again, and make new "
+        "clients from the last saved state."
+    )
+
+
 async def _not_served(request: Request) -> Response:
     detail = f"tinker-local does not serve {request.method} {request.url.path}."
     return JSONResponse({"detail": detail}, 404)

@@ -51,14 +51,25 @@ class Backend:
         return future
 
     def finish_session(self, session_id: str) -> None:
-        """End a session and free what its clients hold."""
-        session = self.sessions.get(session_id)
-        session.is_finished = True
+        """End a session and free what its clients hold; a finished one stays so.
+
+        Raises:
+            NotFoundError: This server never had it.
+        """
+        session = self.sessions.finish(session_id)
         self.futures.drop_session(session_id)
-        for model_id in session.models:
-            self.engine.drop_model(model_id)
-        session.models.clear()
-        session.samplers.clear()
+
+        def free() -> Reply:
+            for model_id in session.models:
+                self.engine.drop_model(model_id)
+            for sampler_id in session.samplers:
+                self.catalog.drop_ephemeral(sampler_id)
+            session.models.clear()
+            session.samplers.clear()
+            return Reply(b"", "")
+
+        # Behind whatever runs now: a client that is just being made is freed as well.
+        self.scheduler.submit(Job(Future(f"{session_id}:finish", session_id), free))
 
 
 def backend_of(request: Request) -> Backend:

@@ -13,6 +13,7 @@ A checkpoint is written beside and renamed, so it is either whole or absent.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -183,6 +184,10 @@ class Catalog:
         folder.mkdir()
         return folder
 
+    def drop_ephemeral(self, sampler_id: str) -> None:
+        """Remove an unnamed sampler's weights; nothing happens for one that has a name."""
+        shutil.rmtree(self._ephemeral / sampler_id.replace(":", "_"), ignore_errors=True)
+
     def _stored(self, run: Path) -> Iterator[Checkpoint]:
         for file in run.glob("*/*/checkpoint.json"):
             try:
@@ -201,15 +206,20 @@ class Catalog:
 
     def _put(self, folder: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            self._discard(target)
+        replaced = self._unfinished / uuid.uuid4().hex
+        # Two renames with nothing between: removing the old one first would take milliseconds in
+        # which a crash costs both.
+        with contextlib.suppress(FileNotFoundError):
+            target.rename(replaced)
         folder.rename(target)
         _sync(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def _discard(self, folder: Path) -> None:
-        """Remove a folder such that it is never seen half-removed."""
+        """Remove a folder such that it is never seen half-removed; it may be gone already."""
         trash = self._unfinished / uuid.uuid4().hex
-        folder.rename(trash)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
 
 

@@ -86,6 +86,13 @@ class FutureStore:
             future.resolve(Failure("The session was finished before this request ran.", "user"))
             del self._futures[future.request_id]
 
+    def fail_pending(self, error: str) -> None:
+        """Cancel what has no outcome yet and tell its waiters `error`."""
+        for future in self._futures.values():
+            if future.outcome is None:
+                future.is_cancelled = True
+                future.resolve(Failure(error, "server"))
+
     def pending(self) -> int:
         """How many have no outcome yet."""
         return sum(future.outcome is None for future in self._futures.values())

@@ -39,7 +39,10 @@ class Scheduler:
         while True:
             job = self._jobs.get()
             outcome = self._outcome(job)
-            self._loop.call_soon_threadsafe(job.future.resolve, outcome)
+            try:
+                self._loop.call_soon_threadsafe(job.future.resolve, outcome)
+            except RuntimeError:  # the loop is closed: the server ended while this job ran
+                return
 
     @staticmethod
     def _outcome(job: Job) -> Reply | Failure:

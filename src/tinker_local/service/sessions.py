@@ -74,16 +74,21 @@ class SessionRegistry:
             NotFoundError: This server never had it, most often because it was restarted.
             UserInputError: It was finished.
         """
-        session = self._sessions.get(session_id)
-        if session is None:
-            raise NotFoundError(
-                f"No session {session_id!r} here: this server has been restarted since.",
-                "Make a new ServiceClient, and training clients from their last saved state.",
-            )
+        session = self._known(session_id)
         if session.is_finished:
             raise UserInputError(
                 f"The session {session_id!r} is finished.", "Make a new ServiceClient."
             )
+        return session
+
+    def finish(self, session_id: str) -> Session:
+        """Close a session to further requests; one that is finished stays so.
+
+        Raises:
+            NotFoundError: This server never had it.
+        """
+        session = self._known(session_id)
+        session.is_finished = True
         return session
 
     def model(self, model_id: str) -> TrainedModel:
@@ -115,3 +120,11 @@ class SessionRegistry:
         """Open sessions whose client has gone silent."""
         limit = time.monotonic() - LOST_AFTER_S
         return [s for s in self._sessions.values() if not s.is_finished and s.seen_at < limit]
+
+    def _known(self, session_id: str) -> Session:
+        if session_id not in self._sessions:
+            raise NotFoundError(
+                f"No session {session_id!r} here: this server has been restarted since.",
+                "Make a new ServiceClient, and training clients from their last saved state.",
+            )
+        return self._sessions[session_id]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
@@ -47,6 +47,20 @@ async def parse(request: Request, model: type[RequestT]) -> RequestT:
     raise refusal if turn is None else UnreadableTurnError(refusal, *turn)
 
 
+async def field(request: Request, name: str) -> str:
+    """One field of a body for which the SDK has no request type; "" if it is missing.
+
+    Raises:
+        UserInputError: The body is no JSON object.
+    """
+    body = _json_object(await request.body())
+    if body is None:
+        raise UserInputError(
+            f"{request.url.path} needs a JSON object as its body.", "Use the tinker SDK 0.38."
+        )
+    return str(body.get(name, ""))
+
+
 def promised(future: Future) -> Response:
     """The answer to an accepted request."""
     return JSONResponse({"request_id": future.request_id})
@@ -71,11 +85,16 @@ async def refuse(request: Request, error: Exception) -> Response:
 
 def _turn(body: bytes) -> tuple[str, int] | None:
     """(model_id, seq_id) of a body, if it has them."""
-    try:
-        raw = json.loads(body)
-    except ValueError:
-        return None
-    if not isinstance(raw, dict):
+    raw = _json_object(body)
+    if raw is None:
         return None
     model_id, seq_id = raw.get("model_id"), raw.get("seq_id")
     return (model_id, seq_id) if isinstance(model_id, str) and isinstance(seq_id, int) else None
+
+
+def _json_object(body: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(body)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

@@ -8,7 +8,7 @@ from tinker import types
 
 from tinker_local.service import wire
 from tinker_local.service.backend import backend_of
-from tinker_local.service.endpoints.bodies import parse
+from tinker_local.service.endpoints.bodies import field, parse
 from tinker_local.service.futures import Failure
 
 LONG_POLL_S = 20.0
@@ -41,8 +41,7 @@ async def retrieve_future(request: Request) -> Response:
 
 async def cancel_future(request: Request) -> Response:
     """Note that nobody waits for a sample any more; it stops before its next token."""
-    request_id = str((await request.json()).get("request_id"))
-    future = backend_of(request).futures.get(request_id)
+    future = backend_of(request).futures.get(await field(request, "request_id"))
     if future is not None:
         future.is_cancelled = True
     return Response(status_code=204)

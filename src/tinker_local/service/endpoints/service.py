@@ -11,7 +11,7 @@ from tinker import types
 from tinker_local.errors import LocalError, UserInputError
 from tinker_local.ops import BaseWeights, SamplerWeights, SavedWeights
 from tinker_local.service.backend import Backend, backend_of
-from tinker_local.service.endpoints.bodies import parse
+from tinker_local.service.endpoints.bodies import field, parse
 from tinker_local.service.sessions import Sampler
 
 PROTOCOL = (0, 38)
@@ -36,7 +36,7 @@ async def healthz(_: Request) -> Response:
 
 async def client_config(request: Request) -> Response:
     """Feature flags; also where an SDK too old for this protocol is told so."""
-    version = str((await request.json()).get("sdk_version", ""))
+    version = await field(request, "sdk_version")
     if _version(version) < PROTOCOL:
         raise UserInputError(
             f"tinker SDK {version or '(unknown)'} speaks an older protocol.",

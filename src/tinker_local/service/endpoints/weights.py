@@ -10,7 +10,7 @@ from tinker_local.errors import NotServedError, UserInputError
 from tinker_local.ops import SavedWeights
 from tinker_local.service.backend import Backend, backend_of
 from tinker_local.service.checkpoints import TYPES, Checkpoint, NewCheckpoint, Run
-from tinker_local.service.endpoints.bodies import parse, promised
+from tinker_local.service.endpoints.bodies import field, parse, promised
 from tinker_local.service.futures import Reply
 from tinker_local.service.sessions import Sampler
 from tinker_local.service.wire import json_reply
@@ -117,8 +117,7 @@ async def delete_checkpoint(request: Request) -> Response:
 async def weights_info(request: Request) -> Response:
     """What a client must know to load a checkpoint."""
     catalog = backend_of(request).catalog
-    path = str((await request.json()).get("tinker_path"))
-    run = catalog.run(catalog.get(path).run_id)
+    run = catalog.run(catalog.get(await field(request, "tinker_path")).run_id)
     return JSONResponse(
         {
             "base_model": run.base_model,

@@ -1,0 +1,104 @@
+"""Servers and clients shared by the tests, and a look at what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from servers import LocalServer, start_server
+
+if TYPE_CHECKING:
+    import tinker
+
+# Before the SDK or huggingface_hub is imported: both read these once.
+os.environ.update(HF_HUB_OFFLINE="1", TINKER_TELEMETRY="0", TOKENIZERS_PARALLELISM="false")
+# Before torch is: the tiny model gains nothing from a second thread, and on a busy machine two
+# that wait for each other are ten times as slow as one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for _name in ("TINKER_API_KEY", "TINKER_BASE_URL"):
+    os.environ.pop(_name, None)
+
+_OURS = ("tinker_local", "tinker_mcp", "tinker-local", "tinker-mcp")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the SDK end with its connections open, which closing its clients does not change.
+
+    They belong to its process-wide event loop thread, a daemon (SDK 0.38,
+    lib/internal_client_holder.py); those to loopback alone are excused.
+    """
+    for message in (
+        r"unclosed <socket\.socket .*raddr=\('127\.0\.0\.1'",
+        r"unclosed transport <_SelectorSocketTransport",
+    ):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:ResourceWarning")
+        # pytest's last look, after all tests, goes by the filters it has set by now.
+        warnings.filterwarnings("ignore", message, ResourceWarning)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """When all is done, no server or worker of this session may be alive."""
+    yield
+    left = _our_processes(tmp_path_factory.getbasetemp())
+    _, alive = psutil.wait_procs(left, timeout=5)
+    commands = [process.cmdline() for process in alive]
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=5)
+    assert commands == []
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """One server of the tiny model, for all tests that leave it alive."""
+    server = start_server(tmp_path_factory.mktemp("tiny-server") / "state")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[LocalServer]:
+    """A server that the test may kill."""
+    server = start_server(tmp_path / "state")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def service_client(tiny_server: LocalServer) -> Iterator[tinker.ServiceClient]:
+    """The real SDK's client of `tiny_server`."""
+    import tinker
+
+    with tinker.ServiceClient(base_url=tiny_server.base_url, api_key=tiny_server.api_key) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def rest_client(tiny_server: LocalServer) -> tinker.RestClient:
+    """The real SDK's REST client of `tiny_server`; the SDK keeps its connections until it ends."""
+    import tinker
+
+    return tinker.RestClient(base_url=tiny_server.base_url, api_key=tiny_server.api_key)
+
+
+def _our_processes(basetemp: Path) -> list[psutil.Process]:
+    """Servers and workers below this process, and those that work inside `basetemp`."""
+    mine = {process.pid for process in psutil.Process().children(recursive=True)}
+    found = []
+    for process in psutil.process_iter():
+        try:
+            command = " ".join(process.cmdline())
+        except psutil.Error:  # gone meanwhile, or another user's
+            continue
+        is_ours = process.pid in mine or str(basetemp) in command
+        if is_ours and any(name in command for name in _OURS):
+            found.append(process)
+    return found
