@@ -11,9 +11,9 @@ from tinker_mcp.training import rendering
 from tinker_mcp.training.backend import Backend
 from tinker_mcp.training.datasets import Conversation
 from tinker_mcp.training.datums import (
-    build,
     marked,
     measure,
+    render,
     supervised_datum,
     trained_tokens,
     weight_sum,
@@ -105,7 +105,7 @@ def test_reduction_mean_makes_the_weights_of_a_datum_sum_to_1(tiny: ModelRendere
 def test_a_long_conversation_loses_its_end_and_is_counted(tiny: ModelRenderer) -> None:
     whole = [*datum_of(tiny).model_input.to_ints(), column(datum_of(tiny), "target_tokens")[-1]]
     limit = len(whole) - 5
-    built = build([Conversation("line 1", TALK)], tiny, "all_assistant_messages", limit, "none")
+    built = render([Conversation("line 1", TALK)], tiny, "all_assistant_messages", limit, "none")
     assert built.truncated == 1
     kept = built.datums[0]
     assert [*kept.model_input.to_ints(), column(kept, "target_tokens")[-1]] == whole[:limit]
@@ -114,12 +114,12 @@ def test_a_long_conversation_loses_its_end_and_is_counted(tiny: ModelRenderer) -
 
 def test_a_conversation_of_exactly_max_length_is_whole(tiny: ModelRenderer) -> None:
     length = datum_of(tiny).model_input.length + 1
-    built = build([Conversation("line 1", TALK)], tiny, "all_assistant_messages", length, "none")
+    built = render([Conversation("line 1", TALK)], tiny, "all_assistant_messages", length, "none")
     assert (built.truncated, measure(built.datums).longest) == (0, length)
 
 
 def test_nothing_left_to_train_on_names_the_conversation(tiny: ModelRenderer) -> None:
-    built = build([Conversation("line 7", TALK)], tiny, "last_assistant_message", 20, "none")
+    built = render([Conversation("line 7", TALK)], tiny, "last_assistant_message", 20, "none")
     assert built.datums == []
     assert [str(p) for p in built.problems] == [
         "line 7: no token to train on is left within max_length 20"
@@ -128,7 +128,7 @@ def test_nothing_left_to_train_on_names_the_conversation(tiny: ModelRenderer) ->
 
 def test_what_the_renderer_refuses_names_the_conversation(tiny: ModelRenderer) -> None:
     strange = [TALK[0], {"role": "assistant", "content": "", "tool_calls": ["look it up"]}]
-    built = build([Conversation("line 3", strange)], tiny, "all_assistant_messages", 99, "none")
+    built = render([Conversation("line 3", strange)], tiny, "all_assistant_messages", 99, "none")
     assert str(built.problems[0]).startswith("line 3: the renderer qwen3_instruct refuses it: ")
 
 

@@ -60,8 +60,8 @@ async def test_a_backend_killed_while_it_trains_is_reported_and_the_checkpoint_g
         assert reply.is_error
         assert time.monotonic() - began < 15
         said = getattr(reply.content[0], "text", "")
-        assert said.startswith("backend_unreachable: ")
-        assert "saved as a checkpoint is not lost" in said
+        assert said.startswith("client_lost: ")
+        assert f'create_training_client(checkpoint="{saved["state"]}")' in said
 
         between = await agent.error("optim_step", client_id=client_id, learning_rate=1e-3)
         assert between.startswith("client_lost: ")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tinker_mcp.settings import Settings
 from tinker_mcp.training.backend import Backend
 from tinker_mcp.training.datasets import Conversation
-from tinker_mcp.training.datums import build
+from tinker_mcp.training.datums import render
 from tinker_mcp.training.loop import TrainLoop, TrainPlan, batch_of
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def loop_of(client: Any, tiny: ModelRenderer, steps: int) -> TrainLoop:
     import tinker
 
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    datums = build([Conversation("line 1", talk)] * 4, tiny, "all_tokens", 99, "none").datums
+    datums = render([Conversation("line 1", talk)] * 4, tiny, "all_tokens", 99, "none").datums
     plan = TrainPlan("data-1", steps, 2, tinker.AdamParams(learning_rate=1e-3), "cross_entropy", 0)
     return TrainLoop(plan, datums, client)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
 
-from tinker_mcp.errors import ClientLostError, NotFoundError
+from tinker_mcp.errors import BackendUnreachableError, ClientLostError, NotFoundError
 from tinker_mcp.training import sdk_errors
 from tinker_mcp.training.backend import Backend, BackendConnector, unreachable
 from tinker_mcp.training.datums import DatumSet
@@ -102,6 +102,8 @@ class Workspace:
         backend = await self.connector.connect()
         async with self._lock:
             if self._service is None or self._service[0] != backend:
+                if self._service is not None:
+                    self._service[1].close("errored")  # its heartbeats would go on for ever
                 with sdk_errors.told():
                     self._service = (backend, await anyio.to_thread.run_sync(_open, backend))
         return self._service
@@ -212,11 +214,15 @@ def told_about(client: OpenClient) -> Iterator[None]:
             yield
     except ClientLostError as error:
         raise _lost(client) from error
+    except BackendUnreachableError as error:
+        if client.backend.kind == "local":  # what a local backend had in memory ends with it
+            raise _lost(client) from error
+        raise
 
 
 def _lost(client: OpenClient) -> ClientLostError:
     label = client.backend.label
-    problem = f"{client.client_id} is lost: its backend {label} was restarted, or its session ended"
+    problem = f"{client.client_id} is lost: its backend {label} has ended, or its session has"
     if client.last_checkpoint is None:
         return ClientLostError(
             f"{problem}. It had no checkpoint, so its {client.step} steps are gone.",

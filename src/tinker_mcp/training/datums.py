@@ -43,7 +43,7 @@ class DatumSet:
 
 
 @dataclass(frozen=True)
-class Built:
+class Rendered:
     """Datums of conversations, how many of these were truncated, and why others gave none."""
 
     datums: Sequence[tinker.Datum]
@@ -90,13 +90,13 @@ def supervised_datum(
     return datum, model_input.length > max_length
 
 
-def build(
+def render(
     conversations: Sequence[Conversation],
     renderer: ModelRenderer,
     train_on_what: str,
     max_length: int,
     reduction: Reduction,
-) -> Built:
+) -> Rendered:
     """Make a datum of each conversation that gives one. Blocks."""
     datums: list[tinker.Datum] = []
     truncated = 0
@@ -111,7 +111,7 @@ def build(
             continue
         datums.append(datum)
         truncated += was_cut
-    return Built(datums, truncated, problems)
+    return Rendered(datums, truncated, problems)
 
 
 def measure(datums: Sequence[tinker.Datum]) -> TokenStatistics:

@@ -73,7 +73,8 @@ async def forward_backward(
             return _scored(output, datums, stepped.metrics or {})
 
     key = ("forward_backward", *_key(datums), loss_fn, adam and adam.model_dump_json())
-    return await client.unfinished.finish(key, start, client.backend, deadline)
+    with told_about(client):
+        return await client.unfinished.finish(key, start, client.backend, deadline)
 
 
 async def forward(
@@ -89,12 +90,12 @@ async def forward(
     check_fits(client, data)
 
     async def start() -> Scored:
-        with told_about(client):
-            output = await client.tinker_client.forward(list(datums), loss_fn)  # type: ignore[arg-type]
-            return _scored(output, datums, None)
+        output = await client.tinker_client.forward(list(datums), loss_fn)  # type: ignore[arg-type]
+        return _scored(output, datums, None)
 
     key = ("forward", client.step, *_key(datums), loss_fn)
-    return await client.unfinished.finish(key, start, client.backend, deadline)
+    with told_about(client):
+        return await client.unfinished.finish(key, start, client.backend, deadline)
 
 
 async def optim_step(
@@ -105,11 +106,12 @@ async def optim_step(
     client = await workspace.live_client(client_id)
 
     async def start() -> dict[str, float]:
-        with told_about(client), client.counting_step():
+        with client.counting_step():
             return (await client.tinker_client.optim_step(adam)).metrics or {}
 
     key = ("optim_step", adam.model_dump_json())
-    return await client.unfinished.finish(key, start, client.backend, deadline)
+    with told_about(client):
+        return await client.unfinished.finish(key, start, client.backend, deadline)
 
 
 async def train(workspace: Workspace, client_id: str, plan: TrainPlan, report: Report) -> TrainLoop:
@@ -151,23 +153,21 @@ async def save_checkpoint(
     client = await workspace.live_client(client_id)
 
     async def start() -> dict[str, str]:
-        paths = {}
-        with told_about(client):
-            # Both are submitted before either is awaited.
-            saving: dict[str, tinker.APIFuture[Any]] = {}
-            if kind in ("state", "both"):
-                saving["state"] = client.tinker_client.save_state(name, ttl_seconds=ttl_s)
-            if kind in ("sampler", "both"):
-                saving["sampler"] = client.tinker_client.save_weights_for_sampler(
-                    name, ttl_seconds=ttl_s
-                )
-            for saved_kind, future in saving.items():
-                paths[saved_kind] = (await future).path
+        saving: dict[str, tinker.APIFuture[Any]] = {}
+        # Both are submitted before either is awaited.
+        if kind in ("state", "both"):
+            saving["state"] = client.tinker_client.save_state(name, ttl_seconds=ttl_s)
+        if kind in ("sampler", "both"):
+            saving["sampler"] = client.tinker_client.save_weights_for_sampler(
+                name, ttl_seconds=ttl_s
+            )
+        paths = {saved_kind: str((await future).path) for saved_kind, future in saving.items()}
         client.last_checkpoint = paths.get("state", client.last_checkpoint)
         return paths
 
     key = ("save_checkpoint", name, kind)
-    return await client.unfinished.finish(key, start, client.backend, deadline)
+    with told_about(client):
+        return await client.unfinished.finish(key, start, client.backend, deadline)
 
 
 def check_fits(client: OpenClient, data: DatumSet) -> None:

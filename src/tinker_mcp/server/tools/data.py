@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import anyio.to_thread
 from pydantic import BaseModel, Field
 
-from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.server.tools.replies import Seed, ToolContext, workspace_of
-from tinker_mcp.training import datasets, datums, rendering
-from tinker_mcp.training.clients import Workspace
-from tinker_mcp.training.datasets import Conversation
+from tinker_mcp.server.tools.replies import STILL_RUNNING, Seed, ToolContext, workspace_of
+from tinker_mcp.training import building
+from tinker_mcp.training.building import BuildPlan
 from tinker_mcp.training.datums import DatumSet
-from tinker_mcp.training.rendering import ModelRenderer
 
 TrainOnWhat = Literal[
     "last_assistant_message",
@@ -33,19 +29,24 @@ class Tokens(BaseModel):
 
 
 class BuiltDatums(BaseModel):
-    data_id: str
-    datums: int
-    tokens: Tokens
-    eval_data_id: str | None
-    eval_datums: int
-    eval_tokens: Tokens | None
+    finished: bool
+    data_id: str | None = None
+    datums: int = 0
+    tokens: Tokens | None = None
+    eval_data_id: str | None = None
+    eval_datums: int = 0
+    eval_tokens: Tokens | None = None
     base_model: str
-    renderer: str
-    backend: str
-    truncated: int = Field(description="Conversations longer than max_length, cut at the end.")
-    left_out: list[str] = Field(description="Rows that were skipped, at most ten shown.")
-    left_out_count: int
-    example: str = Field(description="One datum's text; trained tokens stand between ⟦ and ⟧.")
+    renderer: str | None = None
+    backend: str | None = None
+    truncated: int = Field(
+        default=0, description="Conversations longer than max_length, cut at the end."
+    )
+    left_out: list[str] = Field(default=[], description="Rows skipped, at most ten shown.")
+    left_out_count: int = 0
+    example: str | None = Field(
+        default=None, description="One datum's text; trained tokens stand between ⟦ and ⟧."
+    )
     next_step: str
 
 
@@ -85,28 +86,25 @@ async def build_datums(
     which tokens are trained: look at `example` before you train. Set eval_share to keep some aside,
     so that you can show whether the model got better. Next: create_training_client.
     """
-    workspace = workspace_of(ctx)
-    found, problems = await anyio.to_thread.run_sync(_read, path, conversations)
-    if problems and not (skip_invalid and found):
-        raise datasets.refuse(problems, len(found) + len(problems))
-    backend = await workspace.connector.connect()
-    model = await anyio.to_thread.run_sync(rendering.load, backend, base_model, renderer)
-    train_rows, eval_rows = datasets.split(found, eval_share, seed)
-
-    def build(rows: list[Conversation]) -> datums.Built:
-        return datums.build(rows, model, train_on_what, max_length, reduction)
-
-    made = await anyio.to_thread.run_sync(build, train_rows)
-    made_eval = await anyio.to_thread.run_sync(build, eval_rows) if eval_rows else None
-    sides = [made] if made_eval is None else [made, made_eval]
-    refused = [problem for side in sides for problem in side.problems]
-    if refused and not (skip_invalid and all(side.datums for side in sides)):
-        raise datasets.refuse(refused, len(found))
-    problems += refused
-    # Kept only now: a refused call leaves no handle behind.
-    train = _keep(workspace, model, made)
-    held_out = None if made_eval is None else _keep(workspace, model, made_eval)
+    plan = BuildPlan(
+        path,
+        conversations,
+        base_model,
+        renderer,
+        train_on_what,
+        max_length,
+        eval_share,
+        seed,
+        reduction,
+        skip_invalid,
+    )
+    built = await building.build(workspace_of(ctx), plan)
+    if built is None:
+        next_step = STILL_RUNNING.format(tool="build_datums")
+        return BuiltDatums(finished=False, base_model=base_model, next_step=next_step)
+    train, held_out = built.train, built.held_out
     return BuiltDatums(
+        finished=True,
         data_id=train.data_id,
         datums=len(train.datums),
         tokens=_tokens(train),
@@ -114,40 +112,14 @@ async def build_datums(
         eval_datums=len(held_out.datums) if held_out else 0,
         eval_tokens=_tokens(held_out) if held_out else None,
         base_model=base_model,
-        renderer=model.name,
-        backend=backend.label,
+        renderer=train.renderer,
+        backend=built.backend.label,
         truncated=train.truncated + (held_out.truncated if held_out else 0),
-        left_out=[str(problem)[:200] for problem in problems[:10]],
-        left_out_count=len(problems),
+        left_out=[str(problem)[:200] for problem in built.problems[:10]],
+        left_out_count=len(built.problems),
         example=train.example,
-        next_step=f'Call create_training_client(base_model="{base_model}").',
+        next_step=f'Look at example, then call create_training_client(base_model="{base_model}").',
     )
-
-
-def _read(
-    path: str | None, conversations: list[Any] | None
-) -> tuple[list[Conversation], list[datasets.Problem]]:
-    if (path is None) == (conversations is None):
-        raise InvalidInputError(
-            "build_datums needs either path or conversations.", next_step="Give exactly one."
-        )
-    if path is not None:
-        return datasets.read_file(path)
-    return datasets.read_inline(conversations or [])
-
-
-def _keep(workspace: Workspace, model: ModelRenderer, made: datums.Built) -> DatumSet:
-    data_id = workspace.next_id("data")
-    kept = workspace.data[data_id] = DatumSet(
-        data_id=data_id,
-        base_model=model.model_name,
-        renderer=model.name,
-        datums=made.datums,
-        truncated=made.truncated,
-        statistics=datums.measure(made.datums),
-        example=datums.marked(made.datums[0], model),
-    )
-    return kept
 
 
 def _tokens(data: DatumSet) -> Tokens:

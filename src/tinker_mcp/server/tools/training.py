@@ -47,13 +47,13 @@ class AdamStep(BaseModel):
 
 class CreatedClient(BaseModel):
     finished: bool
-    client_id: str | None
+    client_id: str | None = None
     base_model: str | None
-    rank: int | None
+    rank: int | None = None
     checkpoint: str | None
-    backend: str | None
-    learning_rate_advice: float | None
-    learning_rate_source: str | None
+    backend: str | None = None
+    learning_rate_advice: float | None = None
+    learning_rate_source: str | None = None
     next_step: str
 
 
@@ -133,13 +133,8 @@ async def create_training_client(
     if client is None:
         return CreatedClient(
             finished=False,
-            client_id=None,
             base_model=base_model,
-            rank=None,
             checkpoint=checkpoint,
-            backend=None,
-            learning_rate_advice=None,
-            learning_rate_source=None,
             next_step=STILL_RUNNING.format(tool="create_training_client"),
         )
     advice = await anyio.to_thread.run_sync(models.learning_rate, client.base_model)
