@@ -16,6 +16,7 @@ BackendChoice = Literal["auto", "hosted", "local"]
 
 HOSTED_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"  # the SDK's own default
 LOCAL_IDLE_EXIT_S = 900.0
+_SDK_CREDENTIALS = Path("~/.tinker/credentials.json")  # tinker.lib.credentials
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Settings:
         backend: Which backend `--backend` or TINKER_MCP_BACKEND asks for.
         base_url: TINKER_BASE_URL, without a trailing slash.
         api_key: TINKER_API_KEY; kept out of repr, so that no log shows it.
+        has_stored_key: Whether the SDK would find a key elsewhere: in TINKER_CREDENTIAL_CMD or in
+            the file that `tinker auth login` writes. It makes no service the chosen one.
         home: Where all state lies: TINKER_MCP_HOME or the platform's state directory.
         local_cache: Where the local backend keeps models: TINKER_LOCAL_CACHE or the platform's.
         call_limit_s: How long a tool call may work before it answers; hosts drop a call at 60 s.
@@ -34,6 +37,7 @@ class Settings:
     backend: BackendChoice = "auto"
     base_url: str | None = None
     api_key: str | None = field(default=None, repr=False)
+    has_stored_key: bool = False
     home: Path = field(default_factory=lambda: Path(platformdirs.user_state_dir("tinker-mcp")))
     local_cache: Path = field(
         default_factory=lambda: Path(platformdirs.user_cache_dir("tinker-local"))
@@ -62,9 +66,16 @@ class Settings:
             backend=cast("BackendChoice", choice),
             base_url=_url(base_url) if base_url else None,
             api_key=values.get("TINKER_API_KEY"),
+            has_stored_key="TINKER_CREDENTIAL_CMD" in values
+            or _SDK_CREDENTIALS.expanduser().exists(),
             home=_folder(values.get("TINKER_MCP_HOME")) or defaults.home,
             local_cache=_folder(values.get("TINKER_LOCAL_CACHE")) or defaults.local_cache,
         )
+
+    @property
+    def has_api_key(self) -> bool:
+        """Whether requests to the hosted service can be authenticated at all."""
+        return self.api_key is not None or self.has_stored_key
 
     @property
     def is_local(self) -> bool:

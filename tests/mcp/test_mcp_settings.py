@@ -67,3 +67,19 @@ def test_an_address_that_no_client_can_use_is_refused_at_the_start(value: str) -
 
 def test_the_key_is_in_no_repr() -> None:
     assert "tml-secret" not in repr(Settings(api_key="tml-secret"))
+
+
+def test_a_key_that_only_the_sdk_finds_serves_the_hosted_backend_but_does_not_choose_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not Settings.from_environment({}).has_api_key
+
+    (tmp_path / ".tinker").mkdir()
+    (tmp_path / ".tinker" / "credentials.json").write_text("{}")
+    stored = Settings.from_environment({})
+    by_command = Settings.from_environment({"TINKER_CREDENTIAL_CMD": "print-key"})
+
+    assert stored.has_api_key
+    assert by_command.has_api_key
+    assert stored.is_local

@@ -173,9 +173,9 @@ BAD_DATA = {
     ),
     "a missing input": (
         lambda: types.Datum(
-            model_input=types.ModelInput.from_ints([97]), loss_fn_inputs={"target_tokens": [98]}
+            model_input=types.ModelInput.from_ints([97]), loss_fn_inputs={"weights": [1.0]}
         ),
-        "lacks loss_fn_inputs['weights']",
+        "lacks loss_fn_inputs['target_tokens']",
     ),
     "an unshifted datum": (
         lambda: types.Datum(

@@ -2,7 +2,7 @@
 
 With lp = log p(target_tokens) of one datum, shape (N,), float32, in nats:
 
-    cross_entropy   -sum(weights * lp)
+    cross_entropy   -sum(weights * lp), weights 1 where none are given
 
 Source: tinker-docs.thinkingmachines.ai, "Loss functions".
 """
@@ -37,11 +37,13 @@ def target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
 def cross_entropy(logprobs: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """-sum(weights * logprobs) over one datum; both (N,)."""
-    return -(inputs["weights"] * logprobs).sum()
+    weighted = inputs["weights"] * logprobs if "weights" in inputs else logprobs
+    return -weighted.sum()
 
 
 LOSSES: Mapping[str, LossFn] = {"cross_entropy": cross_entropy}
-REQUIRED_INPUTS: Mapping[str, tuple[str, ...]] = {"cross_entropy": ("target_tokens", "weights")}
+REQUIRED_INPUTS: Mapping[str, tuple[str, ...]] = {"cross_entropy": ("target_tokens",)}
+OPTIONAL_INPUTS: Mapping[str, tuple[str, ...]] = {"cross_entropy": ("weights",)}  # SDK docstrings
 
 
 def check_inputs(
@@ -72,6 +74,8 @@ def check_inputs(
                 f"data[{position}] lacks loss_fn_inputs[{name!r}], which {loss_fn} needs.",
                 f"Give {name} as an array of {length} values, one a position of model_input.",
             )
+    used = (*REQUIRED_INPUTS[loss_fn], *OPTIONAL_INPUTS[loss_fn])
+    for name in [name for name in used if name in inputs]:
         if inputs[name].shape != (length,):
             raise UserInputError(
                 f"data[{position}].loss_fn_inputs[{name!r}] has shape "

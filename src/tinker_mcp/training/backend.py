@@ -62,8 +62,13 @@ class Backend:
         return answer.status_code < httpx.codes.INTERNAL_SERVER_ERROR
 
     async def refusal(self) -> str | None:
-        """Why an authenticated request fails, or None when it succeeds."""
-        headers = {} if self.api_key is None else {"X-API-Key": self.api_key}
+        """Why an authenticated request fails, or None when it succeeds.
+
+        With a key that only the SDK can find, no more is asked than whether the backend answers.
+        """
+        if self.api_key is None:
+            return None if await self.is_healthy() else "no answer"
+        headers = {"X-API-Key": self.api_key}
         url = f"{self.base_url}/api/v1/get_server_capabilities"
         try:
             async with self._http() as http:
@@ -106,7 +111,7 @@ class BackendConnector:
             InvalidInputError: The hosted service is meant but no key is set.
         """
         backend = self.running()
-        if not self.settings.is_local and self.settings.api_key is None:
+        if not self.settings.is_local and not self.settings.has_api_key:
             raise InvalidInputError(
                 "TINKER_API_KEY is not set, and the hosted backend needs it.",
                 next_step="Set it and restart the server, or use --backend local.",
@@ -149,6 +154,7 @@ class BackendConnector:
         command = [sys.executable, "-m", "tinker_local", "serve", "--state-dir", str(folder)]
         command += ["--idle-exit-s", str(LOCAL_IDLE_EXIT_S)]
         environ = {**self._environ, "TINKER_LOCAL_CACHE": str(self.settings.local_cache)}
+        environ.pop("TINKER_API_KEY", None)  # the hosted service's is no business of this one
         log.info("starting_local_backend", state_dir=str(folder))
         with self._log().open("wb") as output:
             # Not stdout: its ready line carries the key. The note has it, for its owner only.

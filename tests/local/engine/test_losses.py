@@ -62,7 +62,7 @@ def _inputs(**changed: object) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("inputs", "said"),
     [
-        (_inputs(weights=None), r"data\[7\] lacks loss_fn_inputs\['weights'\]"),
+        (_inputs(target_tokens=None), r"data\[7\] lacks loss_fn_inputs\['target_tokens'\]"),
         (_inputs(weights=np.ones(2, np.float32)), r"shape \[2\], but model_input has 3"),
         (_inputs(target_tokens=np.ones((3, 2), np.int64)), r"shape \[3, 2\]"),
         (_inputs(target_tokens=np.ones(3, np.float32)), r"'target_tokens'\] is float32"),
@@ -82,3 +82,10 @@ def test_an_unserved_loss_names_the_served_ones() -> None:
 def test_cross_entropy_takes_no_config() -> None:
     with pytest.raises(UserInputError, match=r"no loss_fn_config, got \['beta'\]"):
         check_inputs("cross_entropy", {"beta": 0.1}, 0, 3, _inputs())
+
+
+def test_without_weights_every_token_counts_once() -> None:
+    check_inputs("cross_entropy", {}, 0, 3, _inputs(weights=None))
+    logprobs = torch.tensor([-1.0, -2.0, -4.0])
+    assert cross_entropy(logprobs, {}).item() == 7.0
+    assert cross_entropy(logprobs, {"weights": torch.ones(3)}).item() == 7.0

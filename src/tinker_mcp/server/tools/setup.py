@@ -72,7 +72,7 @@ async def check_setup(ctx: ToolContext) -> Setup:
     return Setup(
         backend=_label(settings, backend),
         backend_state=state,
-        has_api_key=settings.api_key is not None,
+        has_api_key=settings.has_api_key,
         versions={"python": platform.python_version(), **_versions()},
         state_folder=str(settings.home),
         model_cache=str(settings.local_cache),
@@ -113,7 +113,7 @@ async def _reach(settings: Settings, backend: Backend | None) -> tuple[str, list
         return "not running; starts when it is first needed", []
     if settings.is_local:
         return "running", []
-    if settings.api_key is None:
+    if not settings.has_api_key:
         fix = "Make a key at tinker-console.thinkingmachines.ai, or use --backend local."
         return "not tried", [Problem(problem="TINKER_API_KEY is not set.", fix=fix)]
     refusal = await backend.refusal()
