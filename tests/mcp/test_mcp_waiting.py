@@ -28,20 +28,46 @@ async def test_a_wait_ends_at_its_deadline_and_the_work_goes_on(backend: Backend
     assert await unfinished.finish("k", never, backend, time.monotonic() + 5) == "done"
 
 
-async def test_calls_with_equal_keys_share_one_piece_of_work(backend: Backend) -> None:
-    starts: list[int] = []
-    event, unfinished = asyncio.Event(), Unfinished()
+async def test_calls_that_wait_at_the_same_time_have_work_of_their_own(backend: Backend) -> None:
+    both, unfinished = asyncio.Barrier(2), Unfinished()
 
     async def start() -> str:
-        starts.append(1)
+        await both.wait()  # passes only where two have started
+        return "done"
+
+    deadline = time.monotonic() + 5
+    calls = [unfinished.finish("k", start, backend, deadline) for _ in "ab"]
+    assert await asyncio.gather(*calls) == ["done", "done"]
+
+
+async def test_a_cancelled_call_leaves_its_work_to_the_next(backend: Backend) -> None:
+    begun, event, unfinished = asyncio.Event(), asyncio.Event(), Unfinished()
+
+    async def start() -> str:
+        begun.set()
         return await value(event)
 
     deadline = time.monotonic() + 5
-    calls = [asyncio.create_task(unfinished.finish("k", start, backend, deadline)) for _ in "ab"]
-    await asyncio.sleep(0)  # both calls have begun
+    call = asyncio.create_task(unfinished.finish("k", start, backend, deadline))
+    await begun.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
     event.set()
-    assert await asyncio.gather(*calls) == ["done", "done"]
-    assert starts == [1]
+    assert await unfinished.finish("k", never, backend, deadline) == "done"
+
+
+async def test_what_two_calls_left_is_taken_over_in_their_order(backend: Backend) -> None:
+    events, unfinished = [asyncio.Event(), asyncio.Event()], Unfinished()
+    now = time.monotonic()
+    await asyncio.gather(
+        unfinished.finish("k", lambda: value(events[0], "first"), backend, now + 0.1),
+        unfinished.finish("k", lambda: value(events[1], "second"), backend, now + 0.2),
+    )
+    for event in events:
+        event.set()
+    took = [await unfinished.finish("k", never, backend, now + 5) for _ in "ab"]
+    assert took == ["first", "second"]
 
 
 async def test_other_keys_are_other_work(backend: Backend) -> None:

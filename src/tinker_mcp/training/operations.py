@@ -63,14 +63,13 @@ async def forward_backward(
     check_fits(client, data)
 
     async def start() -> Scored:
-        with told_about(client):
-            gradients = client.tinker_client.forward_backward(list(datums), loss_fn)  # type: ignore[arg-type]
-            if adam is None:
-                return _scored(await gradients, datums, None)
-            with client.counting_step():
-                stepping = client.tinker_client.optim_step(adam)
-                output, stepped = await asyncio.gather(gradients.coroutine(), stepping.coroutine())
-            return _scored(output, datums, stepped.metrics or {})
+        gradients = client.tinker_client.forward_backward(list(datums), loss_fn)  # type: ignore[arg-type]
+        if adam is None:
+            return _scored(await gradients, datums, None)
+        with client.counting_step():
+            stepping = client.tinker_client.optim_step(adam)
+            output, stepped = await asyncio.gather(gradients.coroutine(), stepping.coroutine())
+        return _scored(output, datums, stepped.metrics or {})
 
     key = ("forward_backward", *_key(datums), loss_fn, adam and adam.model_dump_json())
     with told_about(client):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Any, TypeVar
 
@@ -48,7 +49,8 @@ class Unfinished:
     """Work that outlived the call which asked for it, by what it was asked with."""
 
     def __init__(self) -> None:
-        self._tasks: dict[Hashable, asyncio.Task[Any]] = {}
+        self._left: defaultdict[Hashable, deque[asyncio.Task[Any]]] = defaultdict(deque)
+        self._running: set[asyncio.Task[Any]] = set()
 
     async def finish(
         self,
@@ -59,34 +61,48 @@ class Unfinished:
     ) -> T | None:
         """The result of `start()`, or None when it is not there by `deadline`.
 
-        Called again with an equal `key` while the first is unfinished, it waits for that one
-        instead of starting a second.
+        A later call with an equal `key` takes over what an earlier one left, at its deadline or
+        because it was cancelled, instead of starting anew. Calls that wait at the same time each
+        have work of their own: two equal forward_backwards are two gradients.
 
         Raises:
             BackendUnreachableError: The backend stopped answering; the work is given up.
         """
-        task = self._tasks.get(key)
-        if task is None:
-            task = self._tasks[key] = asyncio.ensure_future(_as_coroutine(start()))
+        task = self._taken_over(key) or self._started(start)
         try:
             is_done = await wait({task}, backend, deadline)
         except TinkerMcpError:
-            self._tasks.pop(key, None)
             abandon(task)
             raise
+        except asyncio.CancelledError:
+            self._left[key].append(task)
+            raise
         if not is_done:
+            self._left[key].append(task)
             return None
-        self._tasks.pop(key, None)
-        if task.cancelled():  # another call that waited for it found the backend dead
-            raise unreachable(backend)
         result: T = task.result()
         return result
 
     def close(self) -> None:
         """Give up all of it."""
-        for task in self._tasks.values():
+        for task in self._running:
             abandon(task)
-        self._tasks.clear()
+        self._left.clear()
+
+    def _taken_over(self, key: Hashable) -> asyncio.Task[Any] | None:
+        waiting = self._left.pop(key, deque())
+        task = waiting.popleft() if waiting else None
+        if waiting:
+            self._left[key] = waiting
+        return task
+
+    def _started(self, start: Callable[[], Awaitable[Any]]) -> asyncio.Task[Any]:
+        task = asyncio.ensure_future(_as_coroutine(start()))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        # Whoever left it may never come back to hear how it failed.
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return task
 
 
 def abandon(task: asyncio.Task[Any]) -> None:
