@@ -139,6 +139,21 @@ async def test_an_argument_that_cannot_be_used_is_named(
     assert error.startswith(f"invalid_input: {tool}: {said}")
 
 
+async def test_a_client_that_would_train_nothing_is_refused(settings: Settings) -> None:
+    nothing = {"train_mlp": False, "train_attn": False, "train_unembed": False}
+    async with in_memory(settings) as agent:
+        error = await agent.error("create_training_client", base_model=TINY, **nothing)
+    assert error.startswith("invalid_input: train_mlp, train_attn and train_unembed are all false")
+
+
+async def test_a_batch_larger_than_the_data_is_refused_at_once(settings: Settings) -> None:
+    async with in_memory(settings) as agent:
+        data = await agent.new_data()
+        on = {"client_id": await agent.new_client(), "data_id": data["data_id"]}
+        error = await agent.error("train", **on, steps=1, batch_size=10**9, learning_rate=1e-3)
+    assert f"batch_size 1000000000 is more than the {data['datums']} datums" in error
+
+
 async def test_a_long_value_does_not_make_a_long_error() -> None:
     async with in_memory(Settings()) as agent:
         error = await agent.error("optim_step", client_id="c", **{"x" * 5000: 1})

@@ -43,6 +43,13 @@ def test_the_order_is_the_seeds_and_new_in_each_epoch() -> None:
     assert first != batch_of(numbers, 32, 0, 8)
 
 
+def test_a_batch_of_a_large_set_is_made_at_once() -> None:
+    numbers: Any = range(100_000)
+    began = time.monotonic()
+    assert len({*batch_of(numbers, 128, 3, 0)}) == 128
+    assert time.monotonic() - began < 2  # the order is made once, not once a position
+
+
 class Watched:
     """A real training client, and a record of what was submitted and what was answered."""
 

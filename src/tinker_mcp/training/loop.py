@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import random
 import time
@@ -192,7 +193,8 @@ def batch_of(
     ]
 
 
-def _order(count: int, seed: int, epoch: int) -> list[int]:
+@functools.lru_cache(maxsize=4)  # a batch asks for one or two, each of its positions again
+def _order(count: int, seed: int, epoch: int) -> Sequence[int]:
     order = list(range(count))
     random.Random(f"{seed}:{epoch}").shuffle(order)  # noqa: S311 - an order, not a secret
     return order

@@ -117,6 +117,12 @@ async def train(workspace: Workspace, client_id: str, plan: TrainPlan, report: R
     """Begin the loop of this plan, or go on with it, for as long as a call may last."""
     deadline = workspace.deadline()
     data = workspace.datums(plan.data_id)
+    if plan.batch_size > len(data.datums):
+        raise InvalidInputError(
+            f"batch_size {plan.batch_size} is more than the {len(data.datums)} datums of "
+            f"{plan.data_id}.",
+            next_step=f"Use a batch_size of at most {len(data.datums)}.",
+        )
     client = await workspace.live_client(client_id)
     check_fits(client, data)
     loop = client.loops.get(plan.key)

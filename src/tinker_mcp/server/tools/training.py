@@ -126,6 +126,11 @@ async def create_training_client(
             "create_training_client needs either base_model or checkpoint.",
             next_step="Give exactly one: base_model to start, checkpoint to go on.",
         )
+    if base_model is not None and not (train_mlp or train_attn or train_unembed):
+        raise InvalidInputError(
+            "train_mlp, train_attn and train_unembed are all false: nothing would be trained.",
+            next_step="Set at least one of them to true.",
+        )
     new = NewClient(
         base_model, checkpoint, rank, seed, train_mlp, train_attn, train_unembed, load_optimizer
     )
