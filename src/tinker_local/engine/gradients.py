@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from tinker_local.engine import batches
 from tinker_local.engine.base_model import BaseModel
 from tinker_local.engine.losses import LOSSES, check_inputs, target_logprobs
 from tinker_local.errors import UserInputError
 from tinker_local.ops import ForwardBackward, LossOutput, TrainingDatum
+
+_HEAD_TOKENS = 512
 
 
 def check(op: ForwardBackward, model: BaseModel) -> None:
@@ -84,9 +87,27 @@ def _batch_logprobs(data: Sequence[TrainingDatum], model: BaseModel) -> Sequence
     targets = np.concatenate([datum.loss_fn_inputs["target_tokens"] for datum in data])
 
     hidden = model.hidden_states(tokens.to(model.device))  # (B, T, H)
-    logits = model.logits(hidden[is_real.to(model.device)])  # (sum of lengths, vocabulary)
-    scores = target_logprobs(logits, torch.from_numpy(targets).to(model.device))
+    hidden = hidden[is_real.to(model.device)]  # (sum of lengths, H)
+    scores = _head_logprobs(hidden, torch.from_numpy(targets).to(model.device), model)
     return torch.split(scores, lengths)
+
+
+def _head_logprobs(hidden: torch.Tensor, targets: torch.Tensor, model: BaseModel) -> torch.Tensor:
+    """Log-probabilities (M,) of targets (M,) from hidden states (M, H).
+
+    Logits are the largest tensors of a step: 0.2 MB a token at a vocabulary of 49,152, and the
+    softmax keeps several of that size. So a long sequence goes through the head in pieces whose
+    logits are computed again for the backward pass instead of being kept.
+    """
+
+    def score(some_hidden: torch.Tensor, some_targets: torch.Tensor) -> torch.Tensor:
+        return target_logprobs(model.logits(some_hidden), some_targets)
+
+    if len(targets) <= _HEAD_TOKENS:
+        return score(hidden, targets)
+    pieces = zip(torch.split(hidden, _HEAD_TOKENS), torch.split(targets, _HEAD_TOKENS), strict=True)
+    scores = [checkpoint(score, *piece, use_reentrant=False) for piece in pieces]
+    return torch.cat(scores)
 
 
 def _on_device(

@@ -97,6 +97,18 @@ def test_one_batch_and_many_give_the_same_loss_and_gradient(
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+def test_a_head_in_pieces_gives_the_same_loss_and_gradient(
+    base_model: BaseModel, adapter: lora.Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _run(_texts_op(*TEXTS), base_model, adapter)
+    gradients_of_whole = _taken(adapter)
+    monkeypatch.setattr(gradients, "_HEAD_TOKENS", 5)
+    pieces = _run(_texts_op(*TEXTS), base_model, adapter)
+
+    assert pieces.metrics["loss:sum"] == pytest.approx(whole.metrics["loss:sum"], rel=1e-6)
+    _assert_close(_taken(adapter), gradients_of_whole, atol=1e-5)
+
+
 def test_logprobs_come_back_in_the_order_and_length_of_the_data(
     base_model: BaseModel, adapter: lora.Adapter
 ) -> None:
