@@ -7,6 +7,7 @@ TinkerMcpError            code + problem + next_step
   ClientLostError         client_lost          a training client went with its backend
   BackendStartingError    backend_starting     the local backend is on its way; call again
   BackendUnreachableError backend_unreachable  no answer from the backend
+    BackendGoneError      backend_unreachable  nothing listens there any more
   RequestFailedError      request_failed       the backend refused or failed a request
 ```
 """
@@ -53,6 +54,10 @@ class BackendUnreachableError(TinkerMcpError):
     """The backend gives no answer."""
 
     code = "backend_unreachable"
+
+
+class BackendGoneError(BackendUnreachableError):
+    """Nothing listens at the backend's address: it has ended, or the network is down."""
 
 
 class RequestFailedError(TinkerMcpError):

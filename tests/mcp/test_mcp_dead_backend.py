@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -82,6 +84,35 @@ async def test_a_client_without_a_checkpoint_says_that_its_steps_are_gone(own_ho
         said = await agent.error("optim_step", client_id=client_id, learning_rate=1e-3)
     assert "had no checkpoint, so its 3 steps are gone" in said
     assert "create_training_client" in said
+
+
+async def test_a_backend_that_is_silent_is_reported_at_once_and_its_clients_are_kept(
+    own_home: Path,
+) -> None:
+    server = start_server(own_home / "local")
+    async with in_memory(Settings(home=own_home)) as agent:
+        data_id = (await agent.new_data())["data_id"]
+        on = {"client_id": await agent.new_client(), "data_id": data_id}
+        began = time.monotonic()
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            said = [await agent.error("list_models"), await agent.error("forward_backward", **on)]
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        assert time.monotonic() - began < 10
+        for error in said:
+            assert error.startswith("backend_unreachable: ")
+            assert f"end its process {server.pid}" in error
+        assert (await agent.call("forward_backward", **on))["finished"]
+    server.stop()
+
+
+async def test_a_bad_question_is_refused_before_weights_are_saved(settings: Settings) -> None:
+    async with in_memory(settings) as agent:
+        client_id = await agent.new_client()
+        nothing_said = [{"role": "user"}]
+        error = await agent.error("sample", client_id=client_id, messages=nothing_said)
+    assert "refuses these messages" in error
 
 
 async def test_two_servers_that_start_the_backend_at_once_share_one(own_home: Path) -> None:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from servers import LocalServer
-from tinker_mcp.errors import BackendUnreachableError
+from tinker_mcp.errors import BackendGoneError
 from tinker_mcp.training.backend import Backend
 from tinker_mcp.training.waiting import Unfinished, wait
 
@@ -103,7 +103,7 @@ async def test_a_dead_backend_is_told_in_seconds_to_every_call_that_waits(
         return await unfinished.finish("k", lambda: value(event), dead, began + 45)
 
     outcomes = await asyncio.gather(call(), call(), return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes] == [BackendUnreachableError] * 2
+    assert [type(outcome) for outcome in outcomes] == [BackendGoneError] * 2
     assert time.monotonic() - began < 10
 
 

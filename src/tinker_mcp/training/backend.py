@@ -23,7 +23,12 @@ import anyio.to_thread
 import httpx
 import structlog
 
-from tinker_mcp.errors import BackendStartingError, BackendUnreachableError, InvalidInputError
+from tinker_mcp.errors import (
+    BackendGoneError,
+    BackendStartingError,
+    BackendUnreachableError,
+    InvalidInputError,
+)
 from tinker_mcp.settings import HOSTED_URL, LOCAL_IDLE_EXIT_S, Settings
 
 log = structlog.get_logger()
@@ -40,12 +45,14 @@ class Backend:
     Attributes:
         hub_cache: Where the local backend keeps its tokenizers, in the layout of a Hugging Face
             hub cache; None where names resolve as usual.
+        pid: The local backend's process.
     """
 
     kind: Literal["local", "hosted"]
     base_url: str
     api_key: str | None = field(repr=False)
     hub_cache: Path | None = None
+    pid: int | None = None
 
     @property
     def label(self) -> str:
@@ -54,12 +61,33 @@ class Backend:
 
     async def is_healthy(self) -> bool:
         """Whether it answers within HEALTH_TIMEOUT_S. Any answer below 500 counts."""
+        return await self.absence() is None
+
+    async def absence(self) -> BackendUnreachableError | None:
+        """None for a healthy backend, else what to tell of it.
+
+        BackendGoneError where nothing accepts a connection; a backend that accepts one and stays
+        silent may only be busy.
+        """
         try:
             async with self._http() as http:
                 answer = await http.get(f"{self.base_url}/api/v1/healthz")
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            return BackendGoneError(
+                f"The backend {self.label} does not answer: nothing listens there.",
+                next_step="Call check_setup; work that was saved as a checkpoint is not lost.",
+            )
         except httpx.HTTPError:
-            return False
-        return answer.status_code < httpx.codes.INTERNAL_SERVER_ERROR
+            return self._silence()
+        failed = answer.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
+        return self._silence() if failed else None
+
+    def _silence(self) -> BackendUnreachableError:
+        end_it = "" if self.pid is None else f" If it stays so, end its process {self.pid}."
+        return BackendUnreachableError(
+            f"The backend {self.label} does not answer; it may be busy.",
+            next_step=f"Call again in 20 s.{end_it} What was saved as a checkpoint is not lost.",
+        )
 
     async def refusal(self) -> str | None:
         """Why an authenticated request fails, or None when it succeeds.
@@ -116,11 +144,14 @@ class BackendConnector:
                 "TINKER_API_KEY is not set, and the hosted backend needs it.",
                 next_step="Set it and restart the server, or use --backend local.",
             )
-        if backend is not None and await backend.is_healthy():
+        absence = None if backend is None else await backend.absence()
+        if backend is not None and absence is None:
             return backend
-        if self.settings.is_local:
-            return await self._start()
-        raise unreachable(self.running())
+        if absence is not None and not (
+            self.settings.is_local and isinstance(absence, BackendGoneError)
+        ):
+            raise absence
+        return await self._start()
 
     async def _start(self) -> Backend:
         deadline = time.monotonic() + self.settings.call_limit_s
@@ -171,7 +202,7 @@ class BackendConnector:
         try:
             note = json.loads((self.settings.local_state_dir / "server.json").read_text())
             hub_cache = Path(note["env"]["HF_HOME"]) / "hub"
-            return Backend("local", note["base_url"], note["api_key"], hub_cache)
+            return Backend("local", note["base_url"], note["api_key"], hub_cache, note["pid"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -190,12 +221,3 @@ class BackendConnector:
             return "no log yet"
         said = [line.strip() for line in lines.splitlines() if line.strip()]
         return said[-1][:_SHOWN_CHARACTERS] if said else "starting"
-
-
-def unreachable(backend: Backend | None) -> BackendUnreachableError:
-    """The error for a backend that has stopped answering."""
-    label = "local" if backend is None else backend.label
-    return BackendUnreachableError(
-        f"The backend {label} does not answer.",
-        next_step="Call check_setup; work that was saved as a checkpoint is not lost.",
-    )

@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
 
-from tinker_mcp.errors import BackendUnreachableError, ClientLostError, NotFoundError
+from tinker_mcp.errors import (
+    BackendGoneError,
+    BackendUnreachableError,
+    ClientLostError,
+    NotFoundError,
+)
 from tinker_mcp.training import sdk_errors
-from tinker_mcp.training.backend import Backend, BackendConnector, unreachable
+from tinker_mcp.training.backend import Backend, BackendConnector
 from tinker_mcp.training.datums import DatumSet
 from tinker_mcp.training.loop import TrainLoop
 from tinker_mcp.training.waiting import Unfinished
@@ -125,7 +130,9 @@ class Workspace:
 
         answer = await self.unfinished.finish((what, backend), start, backend, deadline)
         if answer is None:
-            raise unreachable(backend)
+            raise BackendUnreachableError(
+                f"The backend {backend.label} did not answer in time.", next_step="Call again."
+            )
         return backend, answer
 
     def client(self, client_id: str) -> OpenClient:
@@ -148,13 +155,14 @@ class Workspace:
         Raises:
             NotFoundError: No such handle.
             ClientLostError: Its local backend is gone, and the client went with it.
-            BackendUnreachableError: The hosted backend does not answer.
+            BackendUnreachableError: The backend does not answer.
         """
         client = self.client(client_id)
-        # Twice, since a machine that trains may be slow to answer once.
-        if await client.backend.is_healthy() or await client.backend.is_healthy():
+        absence = await client.backend.absence()
+        if absence is None:
             return client
-        raise _lost(client) if client.backend.kind == "local" else unreachable(client.backend)
+        with told_about(client):
+            raise absence
 
     def datums(self, data_id: str) -> DatumSet:
         """Datums by handle.
@@ -214,7 +222,7 @@ def told_about(client: OpenClient) -> Iterator[None]:
             yield
     except ClientLostError as error:
         raise _lost(client) from error
-    except BackendUnreachableError as error:
+    except BackendGoneError as error:
         if client.backend.kind == "local":  # what a local backend had in memory ends with it
             raise _lost(client) from error
         raise

@@ -10,6 +10,7 @@ import anyio.to_thread
 
 from tinker_mcp.errors import InvalidInputError
 from tinker_mcp.training import rendering, sdk_errors
+from tinker_mcp.training.backend import Backend
 from tinker_mcp.training.clients import OpenClient, Workspace, told_about
 from tinker_mcp.training.rendering import ModelRenderer
 
@@ -92,20 +93,26 @@ async def sample(workspace: Workspace, source: Source, question: Question) -> Sa
             next_step="Give messages for a chat, or prompt for plain text to continue.",
         )
     deadline = workspace.deadline()
-    step = None if source.client_id is None else workspace.client(source.client_id).step
-    backend, _ = await workspace.service()
+    step = None
+    if source.client_id is not None:
+        client = await workspace.live_client(source.client_id)
+        backend, step = client.backend, client.step
+    else:
+        backend, _ = await workspace.service()
     key = ("sample", source, step, repr(question))
     return await workspace.unfinished.finish(
-        key, lambda: _sample(workspace, source, question), backend, deadline
+        key, lambda: _sample(workspace, backend, source, question), backend, deadline
     )
 
 
-async def _sample(workspace: Workspace, source: Source, question: Question) -> Sampled:
-    backend, sampler, base_model, weights = await _sampler(workspace, source)
-    renderer = await anyio.to_thread.run_sync(
-        rendering.load, backend, base_model, question.renderer
-    )
-    prompt, stop = _prompt(question, renderer)
+async def _sample(
+    workspace: Workspace, backend: Backend, source: Source, question: Question
+) -> Sampled:
+    known = workspace.client(source.client_id).base_model if source.client_id else source.base_model
+    # What is wrong with the question shows before weights are saved to sample from.
+    rendered = await _rendered(backend, known, question) if known else None
+    sampler, base_model, weights = await _sampler(workspace, source)
+    renderer, prompt, stop = rendered or await _rendered(backend, base_model, question)
     import tinker
 
     params = tinker.SamplingParams(
@@ -128,16 +135,14 @@ async def _sample(workspace: Workspace, source: Source, question: Question) -> S
     )
 
 
-async def _sampler(
-    workspace: Workspace, source: Source
-) -> tuple[Any, tinker.SamplingClient, str, str]:
-    """Backend, sampling client, base model, and a phrase that says whose weights they are."""
+async def _sampler(workspace: Workspace, source: Source) -> tuple[tinker.SamplingClient, str, str]:
+    """Sampling client, base model, and a phrase that says whose weights they are."""
     if source.client_id is not None:
-        client = await workspace.live_client(source.client_id)
+        client = workspace.client(source.client_id)
         step, sampler = await _current_sampler(client)
         weights = f"{client.client_id} at step {step}"
-        return client.backend, sampler, client.base_model, weights
-    backend, service = await workspace.service()
+        return sampler, client.base_model, weights
+    _, service = await workspace.service()
     with sdk_errors.told():
         pending = await anyio.to_thread.run_sync(
             lambda: service.create_sampling_client(
@@ -146,7 +151,7 @@ async def _sampler(
         )
         sampler = await pending
         base_model = str(sampler.get_base_model())
-    return backend, sampler, base_model, source.checkpoint or f"{source.base_model}, untrained"
+    return sampler, base_model, source.checkpoint or f"{source.base_model}, untrained"
 
 
 async def _current_sampler(client: OpenClient) -> tuple[int, tinker.SamplingClient]:
@@ -160,6 +165,16 @@ async def _current_sampler(client: OpenClient) -> tuple[int, tinker.SamplingClie
             sampler = await client.tinker_client.save_weights_and_get_sampling_client()
         client.sampler = (step, sampler)
     return client.sampler
+
+
+async def _rendered(
+    backend: Backend, base_model: str, question: Question
+) -> tuple[ModelRenderer, tinker.ModelInput, Any]:
+    """Renderer, prompt and stops of a question to this model."""
+    renderer = await anyio.to_thread.run_sync(
+        rendering.load, backend, base_model, question.renderer
+    )
+    return renderer, *_prompt(question, renderer)
 
 
 def _prompt(question: Question, renderer: ModelRenderer) -> tuple[tinker.ModelInput, Any]:

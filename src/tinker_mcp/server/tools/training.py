@@ -64,7 +64,7 @@ class Gradients(BaseModel):
     loss_sum: float | None = Field(description="What the backend sums: `loss:sum`.")
     datums: int
     trained_tokens: int | None
-    step: int = Field(description="optim_steps taken on this client in this server.")
+    step: int = Field(description="optim_steps sent for this client in this server.")
     grad_norm: float | None
     backend: str
     next_step: str
