@@ -57,7 +57,13 @@ _state_dir = click.option(
     f"NAME=DIR.  [default: {', '.join(DEFAULT_MODELS)}]",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="A loopback address.")
-@click.option("--port", default=0, show_default=True, help="0 finds a free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default=True,
+    help="0 finds a free one.",
+)
 @_state_dir
 @click.option(
     "--dtype",

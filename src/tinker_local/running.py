@@ -45,16 +45,21 @@ def claim(state_dir: Path) -> BaseFileLock:
     The note of a predecessor that was killed is withdrawn.
 
     Raises:
-        UserInputError: Another server has it.
+        UserInputError: Another server has it, or it cannot be written.
     """
-    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = FileLock(state_dir / _LOCK)
     try:
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock.acquire(timeout=_LOOK_S)
     except Timeout:
         raise UserInputError(
             f"Another tinker-local serves {state_dir}.",
             "Use it (`tinker-local env` prints how), end it, or give another --state-dir.",
+        ) from None
+    except OSError as error:
+        raise UserInputError(
+            f"The state directory {state_dir} cannot be used: {error.strerror}.",
+            "Give a --state-dir that can be written.",
         ) from None
     withdraw(state_dir)
     return lock

@@ -76,7 +76,13 @@ def serve(backend: BackendChoice | None) -> None:
     help="hosted trains on the hosted service, which costs money; name a --base-model there.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-@click.option("--steps", default=16, show_default=True, help="Optimizer steps.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Optimizer steps.",
+)
 @click.option("--base-model", default=None, help="Default: the first that the backend lists.")
 def demo(backend: BackendChoice, as_json: bool, steps: int, base_model: str | None) -> None:
     """Do what an agent would: fine-tune a model through the MCP tools, and show the difference."""

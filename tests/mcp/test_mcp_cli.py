@@ -55,13 +55,13 @@ def test_the_demo_measures_and_its_exit_status_says_whether_it_got_better(home: 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--steps", "0"], "steps=0"), (["--base-model", "nope"], "'nope'")],
+    [(["--steps", "0"], "0 is not in the range"), (["--base-model", "nope"], "'nope'")],
 )
 def test_a_demo_that_cannot_run_says_why_in_a_sentence(
     home: Path, arguments: list[str], said: str
 ) -> None:
     done = run_demo(home, "--json", *arguments)
-    assert done.returncode == 1
+    assert done.returncode in (1, 2)
     assert done.stdout == ""
     assert said in done.stderr
     assert "Traceback" not in done.stderr

@@ -121,9 +121,10 @@ def test_a_conversation_of_exactly_max_length_is_whole(tiny: ModelRenderer) -> N
 def test_nothing_left_to_train_on_names_the_conversation(tiny: ModelRenderer) -> None:
     built = render([Conversation("line 7", TALK)], tiny, "last_assistant_message", 20, "none")
     assert built.datums == []
-    assert [str(p) for p in built.problems] == [
-        "line 7: no token to train on is left within max_length 20"
-    ]
+    [problem] = built.problems
+    assert problem.place == "line 7"
+    assert problem.what.startswith("no token to train on is left within max_length 20 of its 49")
+    assert problem.what.endswith("raise max_length")
 
 
 def test_what_the_renderer_refuses_names_the_conversation(tiny: ModelRenderer) -> None:

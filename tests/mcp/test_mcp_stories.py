@@ -119,11 +119,38 @@ async def test_what_is_not_finite_is_told_in_valid_json(settings: Settings) -> N
         await agent.call("forward_backward", **on, optim={"learning_rate": 1e30})
         scored = await agent.call("forward_backward", **on, forward_only=True)
         said = await agent.error("train", **on, steps=2, batch_size=2, learning_rate=1e30)
+        unusable = await agent.error("sample", client_id=client_id, prompt="Hi")
+    assert "these weights have diverged" in unusable
+    assert "diverged" in scored["next_step"]
     assert (scored["is_finite"], scored["loss"], scored["loss_sum"]) == (False, None, None)
     assert "norm is nan" in said
     assert "Lower the learning rate" in said
-    for text in agent.texts[:-1]:
+    for text in agent.texts[:-2]:
         json.loads(text, parse_constant=_refuse_constant)
+
+
+async def test_conversations_longer_than_the_context_are_cut_to_it(settings: Settings) -> None:
+    long = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a" * 5000}]
+    async with in_memory(settings) as agent:
+        built = await agent.new_data(conversations=[long], max_length=99_999)
+    assert (built["truncated"], built["tokens"]["longest"]) == (1, 4096)
+
+
+async def test_tool_calls_as_openai_writes_them_are_trained(settings: Settings) -> None:
+    function = {"name": "look_up", "arguments": '{"what": "weather"}'}
+    talk = [
+        {"role": "user", "content": "Weather?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": function}],
+        },
+        {"role": "tool", "content": "Rain", "tool_call_id": "1"},
+        {"role": "assistant", "content": "It rains."},
+    ]
+    async with in_memory(settings) as agent:
+        built = await agent.new_data(conversations=[talk])
+    assert "look_up" in built["example"].split("⟦")[1]
 
 
 def _refuse_constant(name: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from servers import LocalServer
 from tinker_mcp.errors import BackendGoneError
 from tinker_mcp.training.backend import Backend
-from tinker_mcp.training.waiting import Unfinished, wait
+from tinker_mcp.training.waiting import Turns, Unfinished, wait
 
 
 async def value(event: asyncio.Event, result: str = "done") -> str:
@@ -68,6 +68,16 @@ async def test_what_two_calls_left_is_taken_over_in_their_order(backend: Backend
         event.set()
     took = [await unfinished.finish("k", never, backend, now + 5) for _ in "ab"]
     assert took == ["first", "second"]
+
+
+async def test_new_work_on_a_client_makes_what_was_left_uncollectable(backend: Backend) -> None:
+    left, new, turns = asyncio.Event(), asyncio.Event(), Turns()
+    now = time.monotonic()
+    assert await turns.finish("step", lambda: value(left, "old"), backend, now + 0.1) is None
+    left.set()
+    new.set()
+    await turns.finish("gradient", lambda: value(new), backend, now + 5)
+    assert await turns.finish("step", lambda: value(new, "new"), backend, now + 5) == "new"
 
 
 async def test_other_keys_are_other_work(backend: Backend) -> None:

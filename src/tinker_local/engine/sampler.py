@@ -107,7 +107,16 @@ def _draw(
 def _pick(
     op: Sample, logits: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next token of each row, (S,), and its log-probability, (S,), from logits (S, vocabulary)."""
+    """Next token of each row, (S,), and its log-probability, (S,), from logits (S, vocabulary).
+
+    Raises:
+        UserInputError: The weights have diverged, so that the logits are not finite.
+    """
+    if not torch.isfinite(logits).all():
+        raise UserInputError(
+            "The logits are not finite: these weights have diverged.",
+            "Sample an earlier checkpoint, or train on from one with a lower learning rate.",
+        )
     if op.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, target_logprobs(logits, tokens)

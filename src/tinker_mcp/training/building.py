@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
@@ -15,6 +15,9 @@ from tinker_mcp.training.clients import Workspace
 from tinker_mcp.training.datasets import Conversation, Problem
 from tinker_mcp.training.datums import DatumSet, Reduction, Rendered
 from tinker_mcp.training.rendering import ModelRenderer
+
+if TYPE_CHECKING:
+    import tinker
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,10 @@ async def build(workspace: Workspace, plan: BuildPlan) -> Built | None:
     """
     deadline = workspace.deadline()
     rows, problems = await anyio.to_thread.run_sync(_read, plan)  # before a backend is started
-    backend = await workspace.connector.connect()
+    backend, capabilities = await workspace.ask(
+        "capabilities", lambda rest: rest.get_server_capabilities()
+    )
+    plan = _within_context(plan, capabilities)
 
     async def start() -> Built:
         model = await anyio.to_thread.run_sync(
@@ -65,6 +71,15 @@ async def build(workspace: Workspace, plan: BuildPlan) -> Built | None:
         return Built(backend, train, held_out[0] if held_out else None, [*problems, *refused])
 
     return await workspace.unfinished.finish(("build", repr(plan)), start, backend, deadline)
+
+
+def _within_context(
+    plan: BuildPlan, capabilities: tinker.types.GetServerCapabilitiesResponse
+) -> BuildPlan:
+    """The plan with a max_length that the model can take."""
+    limits = {m.model_name: m.max_context_length for m in capabilities.supported_models}
+    limit = limits.get(plan.base_model)
+    return replace(plan, max_length=min(plan.max_length, limit)) if limit else plan
 
 
 def _read(plan: BuildPlan) -> tuple[list[Conversation], list[Problem]]:

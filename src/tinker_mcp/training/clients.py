@@ -21,7 +21,7 @@ from tinker_mcp.training import sdk_errors
 from tinker_mcp.training.backend import Backend, BackendConnector
 from tinker_mcp.training.datums import DatumSet
 from tinker_mcp.training.loop import TrainLoop
-from tinker_mcp.training.waiting import Unfinished
+from tinker_mcp.training.waiting import Turns, Unfinished
 
 if TYPE_CHECKING:
     import tinker
@@ -48,7 +48,7 @@ class OpenClient:
     tinker_client: tinker.TrainingClient
     step: int = 0
     last_checkpoint: str | None = None
-    unfinished: Unfinished = field(default_factory=Unfinished)
+    unfinished: Turns = field(default_factory=Turns)
     loops: dict[Any, TrainLoop] = field(default_factory=dict)
     sampler: tuple[int, tinker.SamplingClient] | None = None
 

@@ -177,14 +177,14 @@ def _message_problem(message: Any) -> str | None:
         return 'not an object with "role" and "content"'
     if message["role"] not in ROLES:
         return f"role {message['role']!r} is none of {', '.join(ROLES)}"
-    content = message["content"]
+    has_calls = bool(message.get("tool_calls"))
+    content = "" if has_calls and message["content"] is None else message["content"]
     if not isinstance(content, (str, list)):
         return f"content is {type(content).__name__}, not text"
     if not isinstance(content, str):
         for index, part in enumerate(content):
             if not _is_text_part(part):
                 return f"content[{index}] is no {{type: text, text: ...}}: {str(part)[:60]!r}"
-    has_calls = bool(message.get("tool_calls"))
     if message["role"] == "assistant" and _is_blank(content) and not has_calls:
         return "the assistant's content is empty"
     return None

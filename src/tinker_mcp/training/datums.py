@@ -85,7 +85,9 @@ def supervised_datum(
     )
     if not any(datum.loss_fn_inputs["weights"].tolist()):
         raise InvalidInputError(
-            f"no token to train on is left within max_length {max_length}", next_step=""
+            f"no token to train on is left within max_length {max_length} of its "
+            f"{model_input.length} tokens: raise max_length",
+            next_step="",
         )
     return datum, model_input.length > max_length
 

@@ -92,9 +92,9 @@ async def forward(
         output = await client.tinker_client.forward(list(datums), loss_fn)  # type: ignore[arg-type]
         return _scored(output, datums, None)
 
-    key = ("forward", client.step, *_key(datums), loss_fn)
+    key = ("forward", client_id, client.step, *_key(datums), loss_fn)
     with told_about(client):
-        return await client.unfinished.finish(key, start, client.backend, deadline)
+        return await workspace.unfinished.finish(key, start, client.backend, deadline)
 
 
 async def optim_step(
@@ -128,6 +128,7 @@ async def train(workspace: Workspace, client_id: str, plan: TrainPlan, report: R
     loop = client.loops.get(plan.key)
     if loop is None:
         loop = client.loops[plan.key] = TrainLoop(plan, data.datums, client.tinker_client)
+        client.unfinished.forget()
     async with loop.turn:  # the same call made twice at once must not take a step twice
         if not loop.is_finished:
             await _advance(client, loop, deadline, report)

@@ -45,13 +45,13 @@ class ModelRenderer:
         from tinker_cookbook.renderers import TrainOnWhat
 
         model_input, weights = self.renderer.build_supervised_example(
-            list(messages), TrainOnWhat(train_on_what)
+            _with_tool_calls(messages), TrainOnWhat(train_on_what)
         )
         return model_input, weights.tolist()
 
     def prompt(self, messages: Sequence[Message]) -> tinker.ModelInput:
         """Tokens after which the assistant's answer follows."""
-        return self.renderer.build_generation_prompt(list(messages))
+        return self.renderer.build_generation_prompt(_with_tool_calls(messages))
 
     def stop(self) -> list[str] | list[int]:
         """What ends an answer."""
@@ -76,6 +76,24 @@ class ModelRenderer:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special tokens included."""
         return str(self.tokenizer.decode(list(tokens)))
+
+
+def _with_tool_calls(messages: Sequence[Message]) -> list[Message]:
+    """Messages whose tool calls, objects as in OpenAI's format, are the cookbook's own type.
+
+    Raises:
+        ValueError: A tool call without a function's name and arguments (pydantic's error).
+    """
+    from tinker_cookbook.renderers import ToolCall
+
+    converted: list[Message] = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        if calls:
+            typed = [ToolCall.model_validate(call) for call in calls]
+            message = {**message, "content": message["content"] or "", "tool_calls": typed}  # noqa: PLW2901
+        converted.append(message)
+    return converted
 
 
 def load(backend: Backend, model_name: str, renderer_name: str | None) -> ModelRenderer:

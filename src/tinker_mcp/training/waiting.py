@@ -82,6 +82,10 @@ class Unfinished:
         result: T = task.result()
         return result
 
+    def forget(self) -> None:
+        """Let nothing that was left be taken over any more; it still runs to its end."""
+        self._left.clear()
+
     def close(self) -> None:
         """Give up all of it."""
         for task in self._running:
@@ -102,6 +106,18 @@ class Unfinished:
         # Whoever left it may never come back to hear how it failed.
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         return task
+
+
+class Turns(Unfinished):
+    """Unfinished work that changes one training client.
+
+    Once something new is asked of the client, what was left before cannot be collected any more:
+    an equal call then means a new gradient or a new step, not the old one's result.
+    """
+
+    def _started(self, start: Callable[[], Awaitable[Any]]) -> asyncio.Task[Any]:
+        self.forget()
+        return super()._started(start)
 
 
 def abandon(task: asyncio.Task[Any]) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from click.testing import CliRunner
 
 from servers import LocalServer, serve_command, start_server
+from tinker_local.cli import main
 from tiny_data import TINY
 
 BOUND_S = 30.0
@@ -204,3 +206,16 @@ def test_several_models_can_come_from_the_environment(tmp_path: Path) -> None:
 
     assert done.returncode == 1
     assert "'first-of-two' is neither" in done.stderr
+
+
+def test_a_port_that_does_not_exist_is_refused_in_a_sentence() -> None:
+    result = CliRunner().invoke(main, ["serve", "--port", "99999"])
+    assert result.exit_code == 2
+    assert "99999 is not in the range 0<=x<=65535" in result.output
+
+
+def test_a_state_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(main, ["serve", "--state-dir", str(tmp_path / "file" / "x")])
+    assert result.exit_code == 1
+    assert "cannot be used: Not a directory" in result.output

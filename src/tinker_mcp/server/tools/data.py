@@ -67,7 +67,9 @@ async def build_datums(
     train_on_what: Annotated[
         TrainOnWhat, Field(description="Whose tokens count in the loss.")
     ] = "all_assistant_messages",
-    max_length: Annotated[int, Field(ge=2, description="Tokens a conversation may have.")] = 2048,
+    max_length: Annotated[
+        int, Field(ge=2, description="Tokens a conversation may have; at most the model's context.")
+    ] = 2048,
     eval_share: Annotated[
         float, Field(ge=0, lt=1, description="Share kept aside under an eval_data_id, e.g. 0.1.")
     ] = 0.0,

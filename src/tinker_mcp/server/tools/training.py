@@ -193,6 +193,8 @@ async def forward_backward(
     client = workspace.client(client_id)
     if scored is None:
         next_step = STILL_RUNNING.format(tool="forward_backward")
+    elif not math.isfinite(scored.loss):
+        next_step = "The weights have diverged: go on from a checkpoint, with a tenth of the rate."
     elif forward_only:
         next_step = f'Call train(client_id="{client_id}", ...), then this again to compare.'
     elif optim is None:
