@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -178,21 +179,30 @@ async def test_the_same_train_called_twice_at_once_takes_its_steps_once(
     assert replies[0]["losses"] == replies[1]["losses"]
 
 
-async def test_a_failing_step_leaves_the_client_usable(settings: Settings) -> None:
-    long = [[{"role": "user", "content": "x" * 5000}, {"role": "assistant", "content": "y"}]]
+async def test_a_failing_step_leaves_the_client_usable(
+    backend: Backend, tiny: ModelRenderer, tinker_client: tinker.TrainingClient
+) -> None:
+    import tinker
+
+    outside = tinker.Datum(
+        model_input=tinker.ModelInput.from_ints([97, 300]),
+        loss_fn_inputs={"target_tokens": [98, 99], "weights": [1.0, 1.0]},
+    )
+    failing, good = loop_of(tinker_client, tiny, steps=2), loop_of(tinker_client, tiny, steps=2)
+    failing.datums = [outside] * 4
+    with pytest.raises(tinker.RequestFailedError, match="token id 300"):
+        await failing.advance(backend, time.monotonic() + 30, ignore)
+    await good.advance(backend, time.monotonic() + 30, ignore)
+    assert good.is_finished
+
+
+async def test_a_reply_to_unfinished_work_names_the_backend(settings: Settings) -> None:
     async with in_memory(settings) as agent:
-        too_long = (await agent.new_data(conversations=long, max_length=6000))["data_id"]
-        data_id = (await agent.new_data())["data_id"]
-        client_id = await agent.new_client()
-        said = await agent.error(
-            "train",
-            client_id=client_id,
-            data_id=too_long,
-            steps=2,
-            batch_size=1,
-            learning_rate=1e-3,
-        )
-        trained = await agent.train(client_id, data_id, steps=2)
-    assert said.startswith("request_failed: ")
-    assert "4096" in said
-    assert trained["steps_done"] == 2
+        await agent.call("list_models")  # the backend runs
+    hurried = dataclasses.replace(settings, call_limit_s=0.01)
+    async with in_memory(hurried) as agent:
+        asked = {"base_model": TINY, "prompt": "x", "max_tokens": 4000, "stop": ["never"]}
+        reply = await agent.call("sample", **asked)
+    assert not reply["finished"]
+    assert reply["backend"].startswith("local (127.0.0.1:")
+    assert reply["weights"] == f"{TINY}, untrained"

@@ -6,7 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from tinker_mcp.server.tools.replies import STILL_RUNNING, Seed, ToolContext, workspace_of
+from tinker_mcp.server.tools.replies import (
+    STILL_RUNNING,
+    Seed,
+    ToolContext,
+    backend_label,
+    workspace_of,
+)
 from tinker_mcp.training import building
 from tinker_mcp.training.building import BuildPlan
 from tinker_mcp.training.datums import DatumSet
@@ -103,7 +109,12 @@ async def build_datums(
     built = await building.build(workspace_of(ctx), plan)
     if built is None:
         next_step = STILL_RUNNING.format(tool="build_datums")
-        return BuiltDatums(finished=False, base_model=base_model, next_step=next_step)
+        return BuiltDatums(
+            finished=False,
+            base_model=base_model,
+            backend=backend_label(ctx),
+            next_step=next_step,
+        )
     train, held_out = built.train, built.held_out
     return BuiltDatums(
         finished=True,

@@ -29,6 +29,12 @@ def workspace_of(ctx: ToolContext) -> Workspace:
     return workspace
 
 
+def backend_label(ctx: ToolContext) -> str | None:
+    """The backend in use, for a reply to work that is not finished."""
+    backend = workspace_of(ctx).connector.running()
+    return None if backend is None else backend.label
+
+
 STILL_RUNNING = "Still running, nothing is lost: call {tool} again with the same arguments."
 
 

@@ -11,6 +11,7 @@ from tinker_mcp.server.tools.replies import (
     CheckpointPath,
     Seed,
     ToolContext,
+    backend_label,
     finite,
     workspace_of,
 )
@@ -97,11 +98,11 @@ async def sample(
         return Samples(
             finished=False,
             samples=[],
-            weights="",
+            weights=client_id or checkpoint or f"{base_model}, untrained",
+            backend=backend_label(ctx),
             base_model=base_model,
             renderer=renderer,
             prompt_tokens=None,
-            backend=None,
             next_step=STILL_RUNNING.format(tool="sample"),
         )
     return Samples(

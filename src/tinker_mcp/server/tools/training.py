@@ -17,6 +17,7 @@ from tinker_mcp.server.tools.replies import (
     LearningRate,
     Seed,
     ToolContext,
+    backend_label,
     finite,
     rounded,
     workspace_of,
@@ -140,6 +141,7 @@ async def create_training_client(
             finished=False,
             base_model=base_model,
             checkpoint=checkpoint,
+            backend=backend_label(ctx),
             next_step=STILL_RUNNING.format(tool="create_training_client"),
         )
     advice = await anyio.to_thread.run_sync(models.learning_rate, client.base_model)
