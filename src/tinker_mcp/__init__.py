@@ -10,7 +10,7 @@
  tinker_local (started when it is needed)  or  hosted Tinker, by TINKER_API_KEY
 ```
 
-Direction of imports: cli > server > training > settings | errors; checked by import-linter.
+Direction of imports: cli > demo > server > training > settings > errors; checked by import-linter.
 Heavy packages (tinker, torch, transformers, tinker_cookbook) are imported inside functions, so
 that the server answers `initialize` before any of them is loaded.
 """
