@@ -52,27 +52,39 @@ def test_a_batch_of_a_large_set_is_made_at_once() -> None:
 
 
 class Watched:
-    """A real training client, and a record of what was submitted and what was answered."""
+    """A real training client, and a record of what was submitted and what was answered.
+
+    The second optim_step is answered only once a third batch has been submitted.
+    """
 
     def __init__(self, client: tinker.TrainingClient) -> None:
         self._client = client
         self.record: list[str] = []
+        self._third_is_submitted = asyncio.Event()
 
     def forward_backward(self, batch: Any, loss_fn: Any) -> Answering:
         self.record.append("forward_backward")
+        if self.record.count("forward_backward") == 3:
+            self._third_is_submitted.set()
         return Answering(self._client.forward_backward(batch, loss_fn), "answered", self.record)
 
     def optim_step(self, adam: Any) -> Answering:
         self.record.append("optim_step")
-        return Answering(self._client.optim_step(adam), "stepped", self.record)
+        is_second = self.record.count("optim_step") == 2
+        until = self._third_is_submitted if is_second else None
+        return Answering(self._client.optim_step(adam), "stepped", self.record, until)
 
 
 class Answering:
-    def __init__(self, future: Any, word: str, record: list[str]) -> None:
-        self._future, self._word, self._record = future, word, record
+    def __init__(
+        self, future: Any, word: str, record: list[str], until: asyncio.Event | None = None
+    ) -> None:
+        self._future, self._word, self._record, self._until = future, word, record, until
 
     async def coroutine(self) -> Any:
         answer = await self._future.coroutine()
+        if self._until is not None:
+            await self._until.wait()
         self._record.append(self._word)
         return answer
 
@@ -103,7 +115,7 @@ async def test_the_next_batch_is_submitted_before_the_last_one_is_answered(
 ) -> None:
     watched = Watched(tinker_client)
     loop = loop_of(watched, tiny, steps=3)
-    await loop.advance(backend, time.monotonic() + 30, ignore)
+    await loop.advance(backend, time.monotonic() + 10, ignore)
     assert watched.record[:4] == ["forward_backward", "optim_step"] * 2
     assert loop.is_finished
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+
+from demo_process import run_demo
 
 
 @pytest.fixture
@@ -28,15 +27,7 @@ def home(tmp_path: Path) -> Iterator[Path]:
 
 def test_the_demo_makes_smollm2_better_on_conversations_it_never_saw(home: Path) -> None:
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "tinker_mcp", "demo", "--json"],
-        env={**os.environ, "TINKER_MCP_HOME": str(home)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = run_demo(home, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -93,10 +93,6 @@ class FutureStore:
                 future.is_cancelled = True
                 future.resolve(Failure(error, "server"))
 
-    def pending(self) -> int:
-        """How many have no outcome yet."""
-        return sum(future.outcome is None for future in self._futures.values())
-
     def _sweep(self) -> None:
         limit = time.monotonic() - KEEP_S
         old = [f for f in self._futures.values() if f.finished_at and f.finished_at < limit]

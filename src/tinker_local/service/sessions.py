@@ -6,7 +6,6 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 from tinker_local.errors import NotFoundError, UserInputError
@@ -46,7 +45,6 @@ class Session:
 
     session_id: str
     user_metadata: Mapping[str, Any]
-    created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     seen_at: float = field(default_factory=time.monotonic)
     is_finished: bool = False
     models: dict[str, TrainedModel] = field(default_factory=dict)

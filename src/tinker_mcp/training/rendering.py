@@ -20,14 +20,6 @@ if TYPE_CHECKING:
     import tinker
     from tinker_cookbook.renderers import Message, Renderer
 
-TRAIN_ON_WHAT = (
-    "last_assistant_message",
-    "last_assistant_turn",
-    "all_assistant_messages",
-    "all_messages",
-    "all_tokens",
-)
-
 
 @dataclass(frozen=True)
 class ModelRenderer:
