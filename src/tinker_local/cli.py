@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 import click
+import httpx
 import structlog
 
 from tinker_local import __version__, running
@@ -56,6 +58,15 @@ _state_dir = click.option(
     help="A model to serve, again for more: a name on the hub, a Hugging Face folder, or "
     f"NAME=DIR.  [default: {', '.join(DEFAULT_MODELS)}]",
 )
+@click.option(
+    "--alias",
+    "aliases",
+    multiple=True,
+    metavar="NAME=MODEL",
+    envvar="TINKER_LOCAL_ALIASES",
+    help="Answer to NAME, again for more, with the served MODEL: for programs that know only "
+    "certain names. Its results are MODEL's.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="A loopback address.")
 @click.option(
     "--port",
@@ -79,13 +90,21 @@ _state_dir = click.option(
     default=0,
     help="End after so many seconds without a client; 0 never.",
 )
+@click.option(
+    "--cycle-s",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Simulate the hosted service's clock: pick training work up every so many seconds, one "
+    "step of each training client at a time. `tinker-local stats` counts the cycles.",
+)
 def serve(
     models: tuple[str, ...],
+    aliases: tuple[str, ...],
     host: str,
     port: int,
     state_dir: Path,
     dtype: str,
     idle_exit_s: float,
+    cycle_s: float | None,
 ) -> None:
     """Serve until interrupted; prints one JSON line when ready.
 
@@ -104,6 +123,8 @@ def serve(
             state_dir.expanduser().resolve(),
             cast("Literal['auto', 'float32', 'bfloat16']", dtype),
             idle_exit_s,
+            aliases,
+            cycle_s,
         )
     )
 
@@ -115,3 +136,14 @@ def env(state_dir: Path) -> None:
     server = running.find(state_dir.expanduser().resolve())
     for name, value in server.env.items():
         click.echo(f"export {name}={shlex.quote(value)}")
+
+
+@main.command()
+@_state_dir
+def stats(state_dir: Path) -> None:
+    """Print what the running server is doing, as JSON: queues, tokens, cycles used and wasted."""
+    server = running.find(state_dir.expanduser().resolve())
+    headers = {"X-API-Key": server.api_key}
+    # Loopback: a proxy from the environment could not reach it.
+    answer = httpx.get(f"{server.base_url}/stats", headers=headers, trust_env=False, timeout=30)
+    click.echo(json.dumps(answer.raise_for_status().json(), indent=2))

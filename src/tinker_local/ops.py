@@ -6,16 +6,20 @@ tokens int64, everything else float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Tokens: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float32]
+
+ResultT = TypeVar("ResultT")
+Slices: TypeAlias = Generator[None, None, ResultT]
+"""Work that pauses now and then, so that other work can be done, and returns its result."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ SamplerWeights: TypeAlias = BaseWeights | SavedWeights
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw continuations of one prompt.
+    """Draw continuations of one prompt, and score the prompt where asked.
 
     Attributes:
         prompt: Token ids, shape (P,).
@@ -109,7 +113,14 @@ class Sample:
         temperature: 0 is greedy.
         top_k: Keep the k likeliest tokens; -1 keeps all.
         top_p: Keep the smallest set of tokens with this probability mass; 1 keeps all.
-        prompt_logprobs: Whether to score the prompt as well.
+        seed: The same seed draws the same numbers; each sequence has its own.
+        top_sampled: How many of the likeliest tokens to report beside each new token.
+        prompt_logprobs: Whether to score the prompt's tokens.
+        prompt_logprobs_last_n: Score only so many of its last tokens; None scores all.
+        top_prompt: How many of the likeliest tokens to report at each scored prompt token.
+        prompt_targets: Token ids to score at prompt positions 1 to P-1, shape (P-1, K), -1 where
+            nothing is asked.
+        prompt_alternatives: How many tokens to draw, at `temperature`, at each of these positions.
     """
 
     weights: SamplerWeights
@@ -122,7 +133,27 @@ class Sample:
     top_k: int = -1
     top_p: float = 1.0
     seed: int | None = None
+    top_sampled: int = 0
     prompt_logprobs: bool = False
+    prompt_logprobs_last_n: int | None = None
+    top_prompt: int = 0
+    prompt_targets: Tokens | None = None
+    prompt_alternatives: int = 0
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Several tokens at each of M positions, with their log-probabilities; both (M, k).
+
+    Where nothing was scored, the token is 0 and the log-probability `NOT_SCORED`.
+    """
+
+    tokens: Tokens
+    logprobs: Floats
+
+
+NOT_SCORED = -99999.0
+"""What `tinker.types.TopkLogprobs` holds at an empty place."""
 
 
 @dataclass(frozen=True)
@@ -134,19 +165,34 @@ class SampledSequence:
         logprobs: Log-probability of each under softmax(logits / temperature), before top_k and
             top_p cut it (at temperature 0: under softmax(logits)), shape (T,).
         is_stopped: True where a stop token or string ended it, False where the length did.
+        top: The likeliest tokens at each place, (T, k), best first, by the same distribution.
     """
 
     tokens: Tokens
     logprobs: Floats
     is_stopped: bool
+    top: TokenScores | None = None
 
 
 @dataclass(frozen=True)
 class SampleOutput:
-    """Result of a Sample; `prompt_logprobs` is (P,) with NaN at 0, at temperature 1."""
+    """Result of a Sample; all that concerns the prompt is at temperature 1.
+
+    Attributes:
+        sequences: The continuations.
+        prompt_logprobs: (P,), NaN where not scored, as at 0.
+        prompt_top: (P, k), best first.
+        prompt_targets: Log-probabilities in the shape of `Sample.prompt_targets`, 0 for -1.
+        prompt_alternatives: (P-1, k), drawn with replacement.
+        cached_tokens: How many of the prompt's tokens another prompt had already computed.
+    """
 
     sequences: Sequence[SampledSequence]
     prompt_logprobs: Floats | None = None
+    prompt_top: TokenScores | None = None
+    prompt_targets: Floats | None = None
+    prompt_alternatives: TokenScores | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,6 +207,8 @@ class BaseModelInfo:
 class Engine(Protocol):
     """What the service asks of a backend. Called from one thread, one call at a time.
 
+    Between two slices of one call any other may come, if it concerns another model.
+
     A method raises `errors.UserInputError` for a request that can never work and
     `errors.NotFoundError` for a model that is not here; anything else is the engine's own fault.
     """
@@ -174,7 +222,8 @@ class Engine(Protocol):
 
     def drop_model(self, model_id: str) -> None: ...
 
-    def forward_backward(self, op: ForwardBackward) -> LossOutput: ...
+    def forward_backward(self, op: ForwardBackward) -> Slices[LossOutput]:
+        """Gradients, in slices of about a second; closing it early leaves nothing behind."""
 
     def drop_gradient(self, model_id: str) -> None:
         """Forget what forward_backward has accumulated since the last optim_step."""
@@ -187,4 +236,11 @@ class Engine(Protocol):
     def save_sampler(self, model_id: str, folder: Path) -> None:
         """Write the adapter alone into an existing, empty folder."""
 
-    def sample(self, op: Sample, is_cancelled: Callable[[], bool]) -> SampleOutput: ...
+    def start_sample(self, ticket: str, op: Sample) -> None:
+        """Take a request on; `continue_samples` returns its result under `ticket`."""
+
+    def continue_samples(self) -> Mapping[str, SampleOutput | Exception]:
+        """One token more for every sequence under way; the requests that this has finished."""
+
+    def stop_sample(self, ticket: str) -> None:
+        """Forget a request; nothing happens if it is finished."""

@@ -28,7 +28,12 @@ if TYPE_CHECKING:  # both load torch
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What `tinker-local serve` was asked for."""
+    """What `tinker-local serve` was asked for.
+
+    Attributes:
+        aliases: NAME=MODEL each.
+        cycle_s: Seconds between two ticks of the simulated clock; None runs work at once.
+    """
 
     models: Sequence[str]
     host: str
@@ -36,6 +41,8 @@ class ServeOptions:
     state_dir: Path
     dtype: DtypeName
     idle_exit_s: float
+    aliases: Sequence[str] = ()
+    cycle_s: float | None = None
 
 
 def serve(options: ServeOptions) -> None:
@@ -46,6 +53,8 @@ def serve(options: ServeOptions) -> None:
     Raises:
         LocalError: A model, the address or the state directory cannot be had.
     """
+    for alias in options.aliases:
+        weights.split_alias(alias)  # fails here, not after a download
     with _claimed(options.state_dir):
         listener = _bind(options.host, options.port)
         cache = weights.cache_dir()
@@ -53,6 +62,9 @@ def serve(options: ServeOptions) -> None:
             weights.resolve_model(spec, cache, progress=weights.stderr_progress)
             for spec in options.models
         ]
+        models += weights.resolve_aliases(
+            options.aliases, models, cache, progress=weights.stderr_progress
+        )
         host, port = listener.getsockname()[:2]
         base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         api_key = f"tml-local-{secrets.token_urlsafe(24)}"
@@ -72,14 +84,15 @@ def serve(options: ServeOptions) -> None:
         from transformers.utils.logging import disable_progress_bar
 
         from tinker_local.engine import TorchEngine
-        from tinker_local.service import create_app, say_goodbye
+        from tinker_local.service import CycleClock, create_app, say_goodbye
         from tinker_local.service.guard import Guard
 
         # Loading takes a second, and the log should stay readable.
         disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no annotation
 
         engine = TorchEngine({model.name: model.folder for model in models}, options.dtype)
-        app = create_app(engine, options.state_dir)
+        clock = CycleClock(options.cycle_s) if options.cycle_s else None
+        app = create_app(engine, options.state_dir, clock=clock)
         guard = Guard(app, api_key)
         server = _AnnouncedServer(guard, note, options.state_dir, lambda: say_goodbye(app))
         # uvicorn raises the signal that ended it again once it has shut down.

@@ -115,15 +115,3 @@ def test_training_on_from_sampler_weights_is_refused(
 ) -> None:
     with pytest.raises(tinker.RequestFailedError, match="holds weights for sampling"):
         service_client.create_training_client_from_state(saved[3]).result(BOUND_S)
-
-
-def test_unserved_management_is_refused_at_once(
-    rest_client: tinker.RestClient, saved: list[str]
-) -> None:
-    for refused in (
-        rest_client.publish_checkpoint_from_tinker_path(saved[0]),
-        rest_client.set_checkpoint_ttl_from_tinker_path(saved[0], 7200),
-        rest_client.get_external_weights_urls(saved[0].replace("/weights/", "/external_weights/")),
-    ):
-        with pytest.raises(tinker.TinkerError, match="does not serve"):
-            refused.result(BOUND_S)

@@ -168,15 +168,6 @@ def test_a_prompt_with_an_image_is_refused(base: tinker.SamplingClient) -> None:
         base.sample(image, 1, types.SamplingParams(max_tokens=1)).result(BOUND_S)
 
 
-def test_an_inflight_sampler_is_refused_and_the_next_request_served(
-    trained: tinker.TrainingClient,
-) -> None:
-    with pytest.raises(tinker.RequestFailedError, match="does not serve inflight samplers"):
-        trained.save_weights_and_get_sampling_client(kind="inflight").result(BOUND_S)
-
-    assert trained.save_weights_and_get_sampling_client().result(BOUND_S)
-
-
 def test_a_cancelled_sample_frees_the_engine_for_the_next(base: tinker.SamplingClient) -> None:
     # 64 x 4,000 tokens would take the engine minutes.
     endless = base.sample(PROMPT, 64, types.SamplingParams(max_tokens=4000, stop=[]))

@@ -265,17 +265,6 @@ def test_a_step_with_an_impossible_value_is_refused_and_training_goes_on(
     client.optim_step(FAST).result(BOUND_S)
 
 
-def test_external_weights_are_refused_and_the_next_request_is_served(
-    service_client: tinker.ServiceClient,
-) -> None:
-    client = _client(service_client)
-
-    with pytest.raises(tinker.RequestFailedError, match="does not export external weights"):
-        client.save_weights_external("exported").result(BOUND_S)
-
-    assert _losses(client, 1)
-
-
 def test_an_unserved_base_model_names_the_served_ones(
     service_client: tinker.ServiceClient,
 ) -> None:

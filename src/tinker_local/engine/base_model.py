@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,31 +11,81 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tinker_local.engine.lora import LoraLinear, wrap
+from tinker_local.engine import attention, lora
+from tinker_local.engine.attention import Layout, PackedSequences
+from tinker_local.engine.lora import Adapter, LoraLinear, wrap
+from tinker_local.errors import ModelFolderError
 from tinker_local.ops import BaseModelInfo
+
+_LOGITS_MAY_DIFFER = 0.02
+"""Relative, in the norm: twice what bfloat16 makes of 30 layers computed in another order."""
 
 
 class BaseModel:
     """A causal language model from a Hugging Face folder, ready to be adapted.
 
     Attributes:
-        layers: The adaptable layers by dotted path; see `lora.active`.
+        layers: The adaptable layers by dotted path.
+        head: The layer that makes logits of hidden states.
     """
 
     def __init__(self, info: BaseModelInfo, dtype: torch.dtype, device: torch.device) -> None:
+        """Load it.
+
+        Raises:
+            ModelFolderError: Its architecture does something that this engine does not know.
+        """
         self.info = info
         self.device = device
         module: Any = AutoModelForCausalLM.from_pretrained(
             info.folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
         )
         self._causal_lm: Any = module.requires_grad_(False).eval().to(device)
+        expected = self._own_logits()
+        module.config._attn_implementation = attention.NAME
         self.layers: Mapping[str, LoraLinear] = wrap(cast("nn.Module", module))
+        head = module.get_output_embeddings()
+        self.head: LoraLinear = head if isinstance(head, LoraLinear) else LoraLinear(head)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(info.folder, local_files_only=True)
+        self._check_logits(expected)
+
+    @torch.inference_mode()
+    def _own_logits(self) -> torch.Tensor:
+        """Logits of a few tokens, (T, vocabulary), as transformers computes them."""
+        logits: torch.Tensor = self._causal_lm(input_ids=self._probe.unsqueeze(0)).logits[0]
+        return logits.float()
+
+    @property
+    def _probe(self) -> torch.Tensor:
+        return torch.arange(1, 17, device=self.device) % self.vocabulary
+
+    @torch.inference_mode()
+    def _check_logits(self, expected: torch.Tensor) -> None:
+        """Refuse a model whose logits we do not reproduce: capped, scaled, windowed ..."""
+        layout = PackedSequences(0, [len(self._probe)], self.device)
+        logits = self.logits(self.hidden_states(self._probe, layout))
+        difference = float((logits - expected).norm() / expected.norm())
+        if not difference < _LOGITS_MAY_DIFFER:
+            raise ModelFolderError(
+                f"{self.info.name} ({type(self._causal_lm).__name__}) computes its logits in a "
+                f"way that tinker-local does not know (relative difference {difference:.2g}).",
+                "Serve a model of the Llama, Qwen or SmolLM kind.",
+            )
 
     @property
     def vocabulary(self) -> int:
         """Number of token ids."""
         return int(self._causal_lm.config.vocab_size)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What keys and values of one token take, in all layers."""
+        config = self._causal_lm.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        whole = config.hidden_size // config.num_attention_heads
+        width = getattr(config, "head_dim", None) or whole
+        per_layer = 2 * heads * width * self.head.weight.element_size()
+        return int(config.num_hidden_layers * per_layer)
 
     @property
     def end_of_text(self) -> tuple[int, ...]:
@@ -44,22 +95,25 @@ class BaseModel:
             ids = self._tokenizer.eos_token_id
         return (ids,) if isinstance(ids, int) else tuple(ids or ())
 
-    def hidden_states(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Last hidden states (B, T, H) of token ids (B, T); padding on the right is harmless."""
-        output = self._causal_lm.get_decoder()(input_ids=tokens, use_cache=False)
-        return cast("torch.Tensor", output.last_hidden_state)
+    @contextmanager
+    def adapted(self, adapter: Adapter | None) -> Iterator[None]:
+        """Apply `adapter` (None: the base model alone) to every forward pass in this block."""
+        with lora.active(self.layers, adapter):
+            yield
 
-    def extend(self, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Hidden states (B, T, H) of tokens (B, T) that follow those in `cache`, which grows."""
+    def hidden_states(self, tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Last hidden states (T, H) of a row of token ids (T,) laid out by `layout`."""
         output = self._causal_lm.get_decoder()(
-            input_ids=tokens, past_key_values=cache, use_cache=True
+            input_ids=tokens.unsqueeze(0),
+            position_ids=layout.positions.unsqueeze(0),
+            use_cache=False,
+            layout=layout,
         )
-        return cast("torch.Tensor", output.last_hidden_state)
+        return cast("torch.Tensor", output.last_hidden_state[0])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores (..., vocabulary) of the next token, float32, from hidden states (..., H)."""
-        scores: torch.Tensor = self._causal_lm.get_output_embeddings()(hidden)
-        return scores.float()
+        return cast("torch.Tensor", self.head(hidden)).float()
 
     def text(self, tokens: list[int]) -> str:
         """The text of some token ids, special tokens included."""

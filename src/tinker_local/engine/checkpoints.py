@@ -49,9 +49,11 @@ def load_adapter(folder: Path, layers: Mapping[str, LoraLinear], *, trainable: b
             continue
         path = key.removeprefix(_PEFT_PREFIX).removesuffix(".lora_A.weight")
         b = tensors[key.replace(".lora_A.", ".lora_B.")]
-        device = layers[path].weight.device
+        weight = layers[path].weight
+        # One that is only read may as well have the format that the forward pass needs.
+        dtype = torch.float32 if trainable else weight.dtype
         factors[path] = Factors(
-            a.to(device).requires_grad_(trainable), b.to(device).requires_grad_(trainable)
+            *(matrix.to(weight.device, dtype).requires_grad_(trainable) for matrix in (a, b))
         )
     ordered = {path: factors[path] for path in layers if path in factors}
     return Adapter(spec, ordered)

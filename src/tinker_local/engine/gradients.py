@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from tinker_local.engine import batches
+from tinker_local.engine.attention import PackedSequences
 from tinker_local.engine.base_model import BaseModel
-from tinker_local.engine.losses import LOSSES, check_inputs, target_logprobs
+from tinker_local.engine.batches import Batch
+from tinker_local.engine.head import target_logprobs
+from tinker_local.engine.lora import Adapter
+from tinker_local.engine.loss_checks import (
+    check_finite,
+    check_inputs,
+    complete_config,
+    loss_spec,
+)
 from tinker_local.errors import UserInputError
-from tinker_local.ops import ForwardBackward, LossOutput, TrainingDatum
-
-_HEAD_TOKENS = 512
+from tinker_local.ops import ForwardBackward, LossOutput, Slices, Tokens, TrainingDatum
 
 
 def check(op: ForwardBackward, model: BaseModel) -> None:
@@ -22,8 +29,10 @@ def check(op: ForwardBackward, model: BaseModel) -> None:
 
     Raises:
         UserInputError: The first datum that is empty, too long, uses ids outside the vocabulary
-            or lacks what its loss needs.
+            or lacks what its loss needs; a loss or a config that cannot work.
+        NotServedError: A loss of Tinker's that this server has not.
     """
+    complete_config(op.loss_fn, op.loss_fn_config)
     if not op.data:
         raise UserInputError("forward_backward got no data.", "Send at least one datum.")
     limit = model.info.max_context_length
@@ -34,21 +43,23 @@ def check(op: ForwardBackward, model: BaseModel) -> None:
                 f"data[{position}] has {length} tokens; {model.info.name} takes 1 to {limit}.",
                 "Truncate or split it (max_length).",
             )
-        check_inputs(op.loss_fn, op.loss_fn_config, position, length, datum.loss_fn_inputs)
+        check_inputs(op.loss_fn, position, length, datum.loss_fn_inputs)
         _check_ids(f"data[{position}].model_input", datum.tokens, model.vocabulary)
         targets = datum.loss_fn_inputs["target_tokens"]
         _check_ids(f"data[{position}].target_tokens", targets, model.vocabulary)
 
 
-def run(op: ForwardBackward, model: BaseModel, parameters: Sequence[torch.Tensor]) -> LossOutput:
-    """Score the data and, unless `forward_only`, add the loss's gradient to `parameters`.
+def run(op: ForwardBackward, model: BaseModel, adapter: Adapter) -> Slices[LossOutput]:
+    """Score the data and, unless `forward_only`, add the loss's gradient to the adapter's.
 
-    The adapter must be active. Nothing is added when any part fails.
+    Yields between batches, so that other work can be done meanwhile. Nothing is added when any
+    part fails or when it is closed before its end.
     """
+    parameters = adapter.parameters()
     held = [parameter.grad for parameter in parameters]
     _set_gradients(parameters, [None] * len(parameters))
     try:
-        output = _score(op, model)
+        output = yield from _score(op, model, adapter)
     except BaseException:
         _set_gradients(parameters, held)
         raise
@@ -56,58 +67,67 @@ def run(op: ForwardBackward, model: BaseModel, parameters: Sequence[torch.Tensor
     return output
 
 
-def _score(op: ForwardBackward, model: BaseModel) -> LossOutput:
+def _score(op: ForwardBackward, model: BaseModel, adapter: Adapter) -> Slices[LossOutput]:
     on_gpu = model.device.type == "cuda"
     max_tokens = batches.MAX_BATCH_TOKENS_GPU if on_gpu else batches.MAX_BATCH_TOKENS
+    spec, config = loss_spec(op.loss_fn), complete_config(op.loss_fn, op.loss_fn_config)
     logprobs: list[np.ndarray] = [np.empty(0, np.float32)] * len(op.data)
-    loss_sum = 0.0
-    with torch.set_grad_enabled(not op.forward_only):
-        for group in batches.pack([len(datum.tokens) for datum in op.data], max_tokens):
-            scored = _batch_logprobs([op.data[index] for index in group], model)
-            losses = [
-                LOSSES[op.loss_fn](scores, _on_device(op.data[index].loss_fn_inputs, model.device))
-                for index, scores in zip(group, scored, strict=True)
-            ]
-            loss = torch.stack(losses).sum()
-            if not op.forward_only:
-                loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
-            loss_sum += float(loss.detach())
-            for index, scores in zip(group, scored, strict=True):
+    sums: defaultdict[str, float] = defaultdict(float)
+    for batch in batches.plan([datum.tokens for datum in op.data], max_tokens):
+        with torch.set_grad_enabled(not op.forward_only), model.adapted(adapter):
+            scored = _batch_logprobs(batch, op.data, model)
+            losses = []
+            for index, scores in zip(batch.members, scored, strict=True):
+                inputs = _on_device(op.data[index].loss_fn_inputs, model.device)
+                losses.append(spec.function(scores, inputs, config))
+                for name, value in spec.metrics(scores, inputs, config).items():
+                    sums[name] += float(value)
                 logprobs[index] = scores.detach().cpu().numpy()
-    return LossOutput(logprobs, {"loss:sum": loss_sum})
+            loss = torch.stack(losses)
+            check_finite(op.loss_fn, batch.members, loss.tolist())
+            if not op.forward_only:
+                loss.sum().backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
+            sums["loss:sum"] += float(loss.detach().sum())
+        yield
+    return LossOutput(logprobs, dict(sums))
 
 
-def _batch_logprobs(data: Sequence[TrainingDatum], model: BaseModel) -> Sequence[torch.Tensor]:
-    """Log-probabilities of each datum's targets, (N,) float32 each, in one forward pass."""
-    lengths = [len(datum.tokens) for datum in data]
-    tokens = torch.zeros(len(data), max(lengths), dtype=torch.int64)  # (B, T), padded right
-    for row, datum in enumerate(data):
-        tokens[row, : lengths[row]] = torch.from_numpy(datum.tokens)
-    is_real = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)  # (B, T)
-    targets = np.concatenate([datum.loss_fn_inputs["target_tokens"] for datum in data])
+def _batch_logprobs(
+    batch: Batch, data: Sequence[TrainingDatum], model: BaseModel
+) -> Sequence[torch.Tensor]:
+    """Log-probabilities of each member's targets, (N,) or (N, K) float32, in one forward pass."""
+    members = [data[index] for index in batch.members]
+    layout = PackedSequences(
+        batch.prefix, [len(datum.tokens) - batch.prefix for datum in members], model.device
+    )
+    own = [datum.tokens[batch.prefix :] for datum in members]
+    tokens = np.concatenate([members[0].tokens[: batch.prefix], *own])  # (T,)
+    hidden = model.hidden_states(torch.from_numpy(tokens).to(model.device), layout)  # (T, H)
 
-    hidden = model.hidden_states(tokens.to(model.device))  # (B, T, H)
-    hidden = hidden[is_real.to(model.device)]  # (sum of lengths, H)
-    scores = _head_logprobs(hidden, torch.from_numpy(targets).to(model.device), model)
-    return torch.split(scores, lengths)
+    targets = [datum.loss_fn_inputs["target_tokens"] for datum in members]
+    asked = [  # which hidden state each target is asked of; the prefix's by every member
+        np.repeat(rows, array.size // len(array))
+        for rows, array in zip(_rows(batch.prefix, own), targets, strict=True)
+    ]
+    scores = target_logprobs(
+        hidden,
+        torch.from_numpy(np.concatenate(asked)).to(model.device),
+        torch.from_numpy(np.concatenate([array.ravel() for array in targets])).to(model.device),
+        model.head,
+    )
+    sizes = [array.size for array in targets]
+    return [
+        part.view(array.shape)
+        for part, array in zip(torch.split(scores, sizes), targets, strict=True)
+    ]
 
 
-def _head_logprobs(hidden: torch.Tensor, targets: torch.Tensor, model: BaseModel) -> torch.Tensor:
-    """Log-probabilities (M,) of targets (M,) from hidden states (M, H).
-
-    Logits are the largest tensors of a step: 0.2 MB a token at a vocabulary of 49,152, and the
-    softmax keeps several of that size. So a long sequence goes through the head in pieces whose
-    logits are computed again for the backward pass instead of being kept.
-    """
-
-    def score(some_hidden: torch.Tensor, some_targets: torch.Tensor) -> torch.Tensor:
-        return target_logprobs(model.logits(some_hidden), some_targets)
-
-    if len(targets) <= _HEAD_TOKENS:
-        return score(hidden, targets)
-    pieces = zip(torch.split(hidden, _HEAD_TOKENS), torch.split(targets, _HEAD_TOKENS), strict=True)
-    scores = [checkpoint(score, *piece, use_reentrant=False) for piece in pieces]
-    return torch.cat(scores)
+def _rows(prefix: int, own: Sequence[Tokens]) -> Iterator[Tokens]:
+    """Of each member, the places of its tokens in the packed row: the prefix, then its own."""
+    start = prefix
+    for tokens in own:
+        yield np.concatenate([np.arange(prefix), np.arange(start, start + len(tokens))])
+        start += len(tokens)
 
 
 def _on_device(

@@ -1,141 +1,206 @@
-"""Drawing tokens: one prompt is read once, then all its samples advance together."""
+"""Drawing tokens: all sequences that use the same weights advance together, one token at a time.
+
+A request joins whenever it comes and leaves when it is done (continuous batching): one step of 32
+sequences takes about as long as one of four.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
+from tinker_local.engine import prompts
 from tinker_local.engine.base_model import BaseModel
-from tinker_local.engine.losses import target_logprobs
-from tinker_local.errors import CancelledError, UserInputError
-from tinker_local.ops import Floats, Sample, SampledSequence, SampleOutput
+from tinker_local.engine.cache import KeyValueCache
+from tinker_local.engine.lora import Adapter
+from tinker_local.engine.picking import Choice, Picked, pick
+from tinker_local.ops import Sample, SampledSequence, SampleOutput, TokenScores
 
-_SCORED_AT_ONCE = 256  # prompt positions whose logits are in memory together
+_CACHE_BYTES = 2 * 2**30
+"""What the keys and values of all sequences may take; further ones wait. One always may."""
 
 
 @dataclass
-class _Growing:
-    """A continuation while it grows."""
+class _Request:
+    """A Sample under way."""
 
+    ticket: str
+    op: Sample
+    done: dict[int, SampledSequence] = field(default_factory=dict)
+    waiting: deque[int] = field(default_factory=deque)  # sequences that have not begun
+    prompt: prompts.Prompt = prompts.UNREAD
+    scores: prompts.PromptScores = prompts.NO_SCORES
+    cached_tokens: int = 0
+
+
+@dataclass
+class _Row:
+    """A sequence while it grows."""
+
+    request: _Request
+    number: int
+    generator: np.random.Generator
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    is_stopped: bool = False
+    top: list[tuple[list[int], list[float]]] = field(default_factory=list)
+
+    @property
+    def choice(self) -> Choice:
+        op = self.request.op
+        return Choice(op.temperature, op.top_k, op.top_p, float(self.generator.random()))
 
 
-def check(op: Sample, model: BaseModel) -> None:
-    """Refuse a request that cannot work.
+class Sampler:
+    """The sequences that one base model with one adapter is drawing."""
 
-    Raises:
-        UserInputError: The first argument out of range, with its value.
-    """
-    limit = model.info.max_context_length
-    length = len(op.prompt)
-    if not 0 < length < limit:
-        raise UserInputError(
-            f"The prompt has {length} tokens; {model.info.name} takes 1 to {limit - 1}.",
-            "Shorten the prompt.",
+    def __init__(self, model: BaseModel, adapter: Adapter | None) -> None:
+        self._model = model
+        self._adapter = adapter
+        self._requests: dict[str, _Request] = {}
+        self._rows: list[_Row] = []  # in the order of the cache's rows
+        self._cache = KeyValueCache()
+
+    @property
+    def tickets(self) -> list[str]:
+        return list(self._requests)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._requests
+
+    def start(self, ticket: str, op: Sample) -> None:
+        """Take a checked request on."""
+        self._requests[ticket] = _Request(ticket, op, waiting=deque(range(op.num_samples)))
+
+    def stop(self, ticket: str) -> None:
+        """Forget a request, wherever it stands."""
+        request = self._requests.pop(ticket, None)
+        for row in [row for row in self._rows if row.request is request]:
+            self._remove(row)
+
+    @torch.inference_mode()
+    def step(self) -> Mapping[str, SampleOutput]:
+        """Read the prompts that have come, and draw one token for every sequence.
+
+        Returns:
+            The requests that are done with it.
+
+        Raises:
+            UserInputError: The weights have diverged.
+        """
+        with self._model.adapted(self._adapter):
+            self._admit()
+            if self._rows:
+                self._advance()
+        finished = [r for r in self._requests.values() if len(r.done) == r.op.num_samples]
+        return {request.ticket: self._result(request) for request in finished}
+
+    def _admit(self) -> None:
+        """Begin the sequences that fit the cache."""
+        new = self._fitting()
+        unread = {
+            id(row.request): row.request for row in new if row.request.prompt is prompts.UNREAD
+        }
+        requests = list(unread.values())
+        read = prompts.read([request.op.prompt for request in requests], self._model)
+        for request, prompt in zip(requests, read, strict=True):
+            request.prompt = prompt
+            request.cached_tokens = prompt.cached_tokens
+            request.scores = prompts.score(request.op, prompt, self._model)
+        by_request: dict[str, list[_Row]] = {}
+        for row in new:
+            by_request.setdefault(row.request.ticket, []).append(row)
+        for rows in by_request.values():
+            self._begin(rows)
+
+    def _fitting(self) -> list[_Row]:
+        """Rows for the sequences that may begin now, first come first served."""
+        longest = max((self._size(row.request.op) for row in self._rows), default=0)
+        new: list[_Row] = []
+        for request in self._requests.values():
+            while request.waiting:
+                longest = max(longest, self._size(request.op))
+                count = len(self._rows) + len(new) + 1
+                if count > 1 and count * longest * self._model.cache_bytes_per_token > _CACHE_BYTES:
+                    return new
+                number = request.waiting.popleft()
+                seed = None if request.op.seed is None else [request.op.seed, number]
+                new.append(_Row(request, number, np.random.default_rng(seed)))
+        return new
+
+    def _begin(self, rows: list[_Row]) -> None:
+        """Draw the first token of some sequences of one request; those that go on are cached."""
+        request = rows[0].request
+        logits = self._model.logits(request.prompt.hidden[-1:])  # (1, vocabulary)
+        going_on = self._extend(rows, logits.repeat(len(rows), 1))
+        if going_on:
+            self._cache.append(request.prompt.layers, len(going_on))
+            self._rows += going_on
+        if not request.waiting:
+            request.prompt = prompts.UNREAD  # its keys and values are in the cache by now
+
+    def _advance(self) -> None:
+        """Draw the next token of every row."""
+        layout = self._cache.next_tokens(self._model.device)
+        last = torch.tensor([row.tokens[-1] for row in self._rows], device=self._model.device)
+        logits = self._model.logits(self._model.hidden_states(last, layout))
+        going_on = self._extend(self._rows, logits)
+        kept = {id(row) for row in going_on}
+        for row in [row for row in self._rows if id(row) not in kept]:
+            self._remove(row)
+
+    def _extend(self, rows: list[_Row], logits: torch.Tensor) -> list[_Row]:
+        """Add a token to each row, from logits (R, vocabulary); the rows that go on."""
+        picked = pick(logits, [row.choice for row in rows])
+        _note(rows, picked)
+        going_on = []
+        for row in rows:
+            op = row.request.op
+            is_stopped = _ends(op, self._model, row.tokens)
+            if is_stopped or len(row.tokens) >= _new_tokens(op, self._model):
+                row.request.done[row.number] = _finished(row, is_stopped)
+            else:
+                going_on.append(row)
+        return going_on
+
+    def _remove(self, row: _Row) -> None:
+        place = self._rows.index(row)
+        self._cache.remove(place)
+        last = self._rows.pop()
+        if place < len(self._rows):
+            self._rows[place] = last
+
+    def _size(self, op: Sample) -> int:
+        """Tokens of a sequence when it is done, at most."""
+        return len(op.prompt) + _new_tokens(op, self._model)
+
+    def _result(self, request: _Request) -> SampleOutput:
+        del self._requests[request.ticket]
+        scores = request.scores
+        return SampleOutput(
+            sequences=[request.done[number] for number in range(request.op.num_samples)],
+            prompt_logprobs=scores.logprobs,
+            prompt_top=scores.top,
+            prompt_targets=scores.targets,
+            prompt_alternatives=scores.alternatives,
+            cached_tokens=request.cached_tokens,
         )
-    outside = op.prompt[(op.prompt < 0) | (op.prompt >= model.vocabulary)]
-    rules = (
-        (outside.size == 0, f"token ids {outside[:3].tolist()}", f"below {model.vocabulary}"),
-        (1 <= op.num_samples <= 128, f"num_samples {op.num_samples}", "1 to 128"),
-        (op.max_tokens is None or op.max_tokens > 0, f"max_tokens {op.max_tokens}", "at least 1"),
-        (0 <= op.temperature < math.inf, f"temperature {op.temperature}", "0 or more"),
-        (op.top_k == -1 or op.top_k > 0, f"top_k {op.top_k}", "-1 or at least 1"),
-        (0 < op.top_p <= 1, f"top_p {op.top_p}", "above 0, at most 1"),
-        (all(op.stop_strings), f"stop strings {list(op.stop_strings)}", "no empty ones"),
-    )
-    for is_valid, value, allowed in rules:
-        if not is_valid:
-            raise UserInputError(f"{value}: out of range.", f"Allowed: {allowed}.")
 
 
-@torch.inference_mode()
-def run(op: Sample, model: BaseModel, is_cancelled: Callable[[], bool]) -> SampleOutput:
-    """Draw `op.num_samples` continuations; the adapter to use must be active.
-
-    Raises:
-        CancelledError: `is_cancelled` turned true between two tokens.
-    """
-    prompt = torch.from_numpy(op.prompt).to(model.device)
-    cache = DynamicCache()
-    hidden = model.extend(prompt.unsqueeze(0), cache)[0]  # (P, H)
-    prompt_logprobs = _score_prompt(hidden, prompt, model) if op.prompt_logprobs else None
-
-    cache.batch_repeat_interleave(op.num_samples)
-    logits = model.logits(hidden[-1:]).expand(op.num_samples, -1)  # (S, vocabulary)
-    sequences = _draw(op, model, logits, cache, is_cancelled)
-    return SampleOutput([_finished(sequence) for sequence in sequences], prompt_logprobs)
-
-
-def _draw(
-    op: Sample,
-    model: BaseModel,
-    logits: torch.Tensor,
-    cache: DynamicCache,
-    is_cancelled: Callable[[], bool],
-) -> Sequence[_Growing]:
-    generator = torch.Generator(device=model.device)
-    generator.manual_seed(op.seed) if op.seed is not None else generator.seed()
-    sequences = [_Growing() for _ in range(op.num_samples)]
-    rows = list(range(op.num_samples))  # which sequence each row of the batch belongs to
-    for remaining in range(_new_tokens(op, model), 0, -1):
-        if is_cancelled():
-            raise CancelledError("The sample was cancelled.", "Send it again if still wanted.")
-        tokens, logprobs = _pick(op, logits, generator)  # both (rows,)
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            sequences[row].tokens.append(token)
-            sequences[row].logprobs.append(logprob)
-            sequences[row].is_stopped = _ends(op, model, sequences[row].tokens)
-        keep = [place for place, row in enumerate(rows) if not sequences[row].is_stopped]
-        if not keep or remaining == 1:
-            break
-        if len(keep) < len(rows):
-            rows = [rows[place] for place in keep]
-            kept = torch.tensor(keep, device=model.device)
-            cache.batch_select_indices(kept)
-            tokens = tokens[kept]
-        logits = model.logits(model.extend(tokens.unsqueeze(1), cache)[:, -1])
-    return sequences
-
-
-def _pick(
-    op: Sample, logits: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next token of each row, (S,), and its log-probability, (S,), from logits (S, vocabulary).
-
-    Raises:
-        UserInputError: The weights have diverged, so that the logits are not finite.
-    """
-    if not torch.isfinite(logits).all():
-        raise UserInputError(
-            "The logits are not finite: these weights have diverged.",
-            "Sample an earlier checkpoint, or train on from one with a lower learning rate.",
-        )
-    if op.temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, target_logprobs(logits, tokens)
-    scaled = logits / op.temperature
-    probabilities = _truncate(scaled.softmax(-1), op.top_k, op.top_p)
-    tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-    return tokens, target_logprobs(scaled, tokens)
-
-
-def _truncate(probabilities: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Zero what top_k and top_p leave out of probabilities (S, vocabulary); not renormalised."""
-    if top_k == -1 and top_p == 1:
-        return probabilities
-    ranked, order = probabilities.sort(-1, descending=True)
-    before = ranked.cumsum(-1) - ranked  # mass of the likelier tokens
-    ranked = ranked.masked_fill(before >= top_p, 0.0)
-    if top_k != -1:
-        ranked[:, top_k:] = 0.0
-    return torch.zeros_like(probabilities).scatter_(-1, order, ranked)
+def _note(rows: Sequence[_Row], picked: Picked) -> None:
+    for row, token, logprob in zip(rows, picked.tokens, picked.logprobs, strict=True):
+        row.tokens.append(token)
+        row.logprobs.append(logprob)
+    most = max(row.request.op.top_sampled for row in rows)
+    if most:
+        values, tokens = picked.all_logprobs.topk(most)
+        for row, *best in zip(rows, tokens.tolist(), values.tolist(), strict=True):
+            count = row.request.op.top_sampled
+            row.top.append((best[0][:count], best[1][:count]))
 
 
 def _ends(op: Sample, model: BaseModel, tokens: list[int]) -> bool:
@@ -155,23 +220,16 @@ def _new_tokens(op: Sample, model: BaseModel) -> int:
     return room if op.max_tokens is None else min(op.max_tokens, room)
 
 
-def _score_prompt(hidden: torch.Tensor, prompt: torch.Tensor, model: BaseModel) -> Floats:
-    """Log-probability of each prompt token given those before it, (P,) with NaN at 0."""
-    scores = [
-        target_logprobs(model.logits(some_hidden), some_targets)
-        for some_hidden, some_targets in zip(
-            torch.split(hidden[:-1], _SCORED_AT_ONCE),
-            torch.split(prompt[1:], _SCORED_AT_ONCE),
-            strict=True,
+def _finished(row: _Row, is_stopped: bool) -> SampledSequence:
+    top = None
+    if row.request.op.top_sampled:
+        top = TokenScores(
+            np.array([tokens for tokens, _ in row.top], dtype=np.int64),
+            np.array([logprobs for _, logprobs in row.top], dtype=np.float32),
         )
-    ]
-    nothing_before = torch.full((1,), math.nan, device=hidden.device)
-    return torch.cat([nothing_before, *scores]).cpu().numpy()
-
-
-def _finished(sequence: _Growing) -> SampledSequence:
     return SampledSequence(
-        tokens=np.array(sequence.tokens, dtype=np.int64),
-        logprobs=np.array(sequence.logprobs, dtype=np.float32),
-        is_stopped=sequence.is_stopped,
+        tokens=np.array(row.tokens, dtype=np.int64),
+        logprobs=np.array(row.logprobs, dtype=np.float32),
+        is_stopped=is_stopped,
+        top=top,
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinker_local.engine import checkpoints, gradients, lora, sampler
+from tinker_local.engine import checkpoints, gradients, lora, sample_checks
 from tinker_local.engine.base_model import BaseModel, context_length
 from tinker_local.engine.hardware import DtypeName, keep_freed_memory, pick_device, pick_dtype
 from tinker_local.engine.optimizer import AdamW
+from tinker_local.engine.sampler import Sampler
 from tinker_local.errors import NotFoundError, UserInputError
 from tinker_local.ops import (
     AdamParams,
@@ -22,6 +23,7 @@ from tinker_local.ops import (
     Sample,
     SampleOutput,
     SamplerWeights,
+    Slices,
 )
 
 _SAVED_ADAPTERS_KEPT = 4  # 45 MB each at rank 32 of a 135M-parameter model
@@ -51,8 +53,9 @@ class TorchEngine:
         }
         self.device = pick_device()
         self.dtype = pick_dtype(dtype, self.device)
-        self._bases: dict[str, BaseModel] = {}
+        self._bases: dict[Path, BaseModel] = {}
         self._trained: dict[str, _Trained] = {}
+        self._samplers: dict[tuple[str, int | None], Sampler] = {}
         self._saved: OrderedDict[tuple[Path, int], lora.Adapter] = OrderedDict()
 
     def base_models(self) -> Sequence[BaseModelInfo]:
@@ -80,11 +83,10 @@ class TorchEngine:
     def drop_model(self, model_id: str) -> None:
         self._trained.pop(model_id, None)
 
-    def forward_backward(self, op: ForwardBackward) -> LossOutput:
+    def forward_backward(self, op: ForwardBackward) -> Slices[LossOutput]:
         trained = self._trained_model(op.model_id)
         gradients.check(op, trained.base)
-        with lora.active(trained.base.layers, trained.adapter):
-            return gradients.run(op, trained.base, trained.adapter.parameters())
+        return gradients.run(op, trained.base, trained.adapter)
 
     def drop_gradient(self, model_id: str) -> None:
         for parameter in self._trained_model(model_id).adapter.parameters():
@@ -102,11 +104,31 @@ class TorchEngine:
         trained = self._trained_model(model_id)
         checkpoints.save_adapter(trained.adapter, trained.base.info.name, folder)
 
-    def sample(self, op: Sample, is_cancelled: Callable[[], bool]) -> SampleOutput:
+    def start_sample(self, ticket: str, op: Sample) -> None:
         base = self._base(op.weights.base_model)
-        sampler.check(op, base)
-        with lora.active(base.layers, self._adapter(op.weights, base)):
-            return sampler.run(op, base, is_cancelled)
+        sample_checks.check(op, base)
+        adapter = self._adapter(op.weights, base)
+        key = (op.weights.base_model, None if adapter is None else id(adapter))
+        if key not in self._samplers:
+            self._samplers[key] = Sampler(base, adapter)
+        self._samplers[key].start(ticket, op)
+
+    def continue_samples(self) -> Mapping[str, SampleOutput | Exception]:
+        results: dict[str, SampleOutput | Exception] = {}
+        for key, sampler in list(self._samplers.items()):
+            try:
+                results |= sampler.step()
+            except Exception as error:  # what goes wrong in a step goes wrong for all in it
+                results |= dict.fromkeys(sampler.tickets, error)
+                del self._samplers[key]
+                continue
+            if sampler.is_idle:
+                del self._samplers[key]
+        return results
+
+    def stop_sample(self, ticket: str) -> None:
+        for sampler in self._samplers.values():
+            sampler.stop(ticket)
 
     def _base(self, name: str) -> BaseModel:
         if name not in self._infos:
@@ -114,9 +136,10 @@ class TorchEngine:
             raise UserInputError(
                 f"The base model {name!r} is not served here.", f"Use one of: {served}."
             )
-        if name not in self._bases:
-            self._bases[name] = BaseModel(self._infos[name], self.dtype, self.device)
-        return self._bases[name]
+        folder = self._infos[name].folder  # one model, however many names it is served under
+        if folder not in self._bases:
+            self._bases[folder] = BaseModel(self._infos[name], self.dtype, self.device)
+        return self._bases[folder]
 
     def _trained_model(self, model_id: str) -> _Trained:
         if model_id not in self._trained:

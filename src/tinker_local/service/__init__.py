@@ -5,5 +5,6 @@ engine's business, reached through `tinker_local.ops` alone.
 """
 
 from tinker_local.service.app import create_app, say_goodbye
+from tinker_local.service.clock import CycleClock
 
-__all__ = ["create_app", "say_goodbye"]
+__all__ = ["CycleClock", "create_app", "say_goodbye"]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from tinker_local.errors import LocalError
-from tinker_local.ops import Engine
+from tinker_local.ops import Engine, Sample, SampleOutput
 from tinker_local.service.checkpoints import Catalog
 from tinker_local.service.futures import Future, FutureStore, Reply, failure
-from tinker_local.service.scheduler import Job, Scheduler
-from tinker_local.service.sessions import SessionRegistry
+from tinker_local.service.scheduler import Job, SampleJob, Scheduler, Work
+from tinker_local.service.sessions import Sampler, SessionRegistry
 
 
 @dataclass
@@ -25,16 +25,38 @@ class Backend:
     sessions: SessionRegistry = field(default_factory=SessionRegistry)
     futures: FutureStore = field(default_factory=FutureStore)
 
-    def promise(self, request_id: str, session_id: str, work: Callable[[], Reply]) -> Future:
-        """Queue `work`; the same request_id again gives the same future and no second run."""
+    def promise_model(self, model_id: str, work: Work) -> Future:
+        """Queue the `work` that makes a training client.
+
+        Here as below, the same request again gives the same future and no second run.
+        """
+        request_id = f"{model_id}:0"
         known = self.futures.get(request_id)
         if known is not None:
             return known
-        future = self.futures.create(request_id, session_id)
-        self.scheduler.submit(Job(future, work))
+        future = self.futures.create(request_id, model_id.partition(":")[0])
+        self.scheduler.submit(model_id, Job(future, work))
         return future
 
-    def promise_in_order(self, model_id: str, seq_id: int, work: Callable[[], Reply]) -> Future:
+    def promise_sample(
+        self,
+        sampler: Sampler,
+        seq_id: int,
+        read: Callable[[], Sample],
+        encode: Callable[[SampleOutput], Reply],
+    ) -> Future:
+        """Have what `read` returns join the samples under way."""
+        request_id = f"{sampler.sampler_id}:{seq_id}"
+        known = self.futures.get(request_id)
+        if known is not None:
+            return known
+        future = self.futures.create(request_id, sampler.session_id)
+        self.scheduler.sample(SampleJob(future, read, encode))
+        return future
+
+    def promise_in_order(
+        self, model_id: str, seq_id: int, work: Work, *, ends_step: bool = False
+    ) -> Future:
         """Queue `work` behind the client's requests with lower seq_id.
 
         An unknown client gives a future that fails: a refusal here would leave the SDK counting.
@@ -45,7 +67,7 @@ class Backend:
             return known
         future = self.futures.create(request_id, model_id.partition(":")[0])
         try:
-            self.sessions.model(model_id).sequencer.submit(seq_id, Job(future, work))
+            self.sessions.model(model_id).sequencer.submit(seq_id, Job(future, work, ends_step))
         except LocalError as error:
             future.resolve(failure(error))
         return future
@@ -69,7 +91,8 @@ class Backend:
             return Reply(b"", "")
 
         # Behind whatever runs now: a client that is just being made is freed as well.
-        self.scheduler.submit(Job(Future(f"{session_id}:finish", session_id), free))
+        finish = f"{session_id}:finish"
+        self.scheduler.submit(finish, Job(Future(finish, session_id), free))
 
 
 def backend_of(request: Request) -> Backend:

@@ -4,98 +4,80 @@
 <state dir>/runs/<run>/run.json
                       /weights/<name>/          checkpoint.json + what the engine wrote
                       /sampler_weights/<name>/
+                      /external_weights/<name>/
            /ephemeral/<sampler>/                weights of unnamed samplers, gone at the next start
-           /unfinished/                         being written; never listed, emptied at each start
+           /unfinished/                         being written or removed; never listed
 ```
 
-A checkpoint is written beside and renamed, so it is either whole or absent.
+A checkpoint is written beside and renamed, so it is either whole or absent. The files of one are
+never written again; its description (TTL, public or not) is replaced as a whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from tinker_local.errors import NotFoundError, UserInputError
 from tinker_local.ops import LoraSpec
+from tinker_local.service.checkpoint_records import (
+    TYPES,
+    Checkpoint,
+    NewCheckpoint,
+    Run,
+    check_name,
+    check_ttl,
+    expiry,
+    folder_name,
+    is_name,
+    is_run_id,
+    parse_checkpoint_path,
+    run_id_of,
+)
+from tinker_local.service.durable import share_or_copy, sync, write_json
+from tinker_local.service.staging import Staging
 
-TYPES = {"weights": "training", "sampler_weights": "sampler"}
-"""The middle part of a tinker:// path, and the SDK's name for that type of checkpoint."""
+__all__ = ["TYPES", "Catalog", "Checkpoint", "NewCheckpoint", "Run"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}:train:\d{1,9}")
-_PATH = re.compile(r"tinker://([^/]+)/([^/]+)/([^/]+)")
+log = structlog.get_logger()
 
-
-@dataclass(frozen=True)
-class Run:
-    """A training client as it is remembered after its server has gone."""
-
-    run_id: str
-    base_model: str
-    lora: LoraSpec
-    created_at: str
-    user_metadata: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One saved set of weights; `kind` is a key of TYPES; times are ISO 8601 in UTC."""
-
-    run_id: str
-    kind: str
-    name: str
-    created_at: str
-    size_bytes: int
-    expires_at: str | None
-    user_metadata: Mapping[str, str] | None
-
-    @property
-    def path(self) -> str:
-        return f"tinker://{self.run_id}/{self.kind}/{self.name}"
-
-    @property
-    def is_expired(self) -> bool:
-        return self.expires_at is not None and self.expires_at <= datetime.now(UTC).isoformat()
-
-
-@dataclass(frozen=True)
-class NewCheckpoint:
-    """What a save asks for."""
-
-    run_id: str
-    kind: str
-    name: str
-    ttl_s: int | None = None
-    user_metadata: Mapping[str, str] | None = None
-    overwrite: bool = False
+_DESCRIPTION = "checkpoint.json"
+_OURS = {_DESCRIPTION, "checkpoint.tmp"}
 
 
 class Catalog:
-    """The checkpoints under one state directory."""
+    """The checkpoints under one state directory. Safe to call from several threads."""
 
     def __init__(self, state_dir: Path) -> None:
         self._runs = state_dir / "runs"
-        self._unfinished = state_dir / "unfinished"
+        self._staging = Staging(state_dir / "unfinished")
         self._ephemeral = state_dir / "ephemeral"
-        for folder in (self._unfinished, self._ephemeral):
-            shutil.rmtree(folder, ignore_errors=True)
-        for folder in (self._runs, self._unfinished, self._ephemeral):
+        # Held while folders are looked for, put in place, described anew or removed; never while
+        # the engine writes one.
+        self._lock = threading.RLock()
+        self._next_expiry: datetime | None = None
+        self._inflight: dict[str, Path] = {}
+        self._put_back_replaced()
+        self._staging.clear()
+        shutil.rmtree(self._ephemeral, ignore_errors=True)
+        for folder in (self._runs, self._ephemeral):
             folder.mkdir(parents=True, exist_ok=True)
+        self.sweep()
 
     def add_run(self, run: Run) -> None:
         folder = self._run_folder(run.run_id)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "run.json", asdict(run))
+        sync(self._runs)
+        write_json(folder / "run.json", asdict(run))
 
     def run(self, run_id: str) -> Run:
         """What is remembered of a run.
@@ -113,7 +95,8 @@ class Catalog:
 
     def runs(self) -> list[Run]:
         """All runs, newest first."""
-        found = [self.run(_run_id(file.parent)) for file in self._runs.glob("*/run.json")]
+        ids = [run_id_of(file.parent.name) for file in self._runs.glob("*/run.json")]
+        found = [self.run(run_id) for run_id in ids if is_run_id(run_id)]
         return sorted(found, key=lambda run: run.created_at, reverse=True)
 
     def save(self, new: NewCheckpoint, write: Callable[[Path], None]) -> Checkpoint:
@@ -122,23 +105,39 @@ class Catalog:
         Raises:
             UserInputError: An unusable name or TTL, or the name is taken.
         """
-        _check(new)
+        check_name(new.name)
+        check_ttl(new.ttl_s)
         target = self._run_folder(new.run_id) / new.kind / new.name
-        if target.exists() and not new.overwrite:
-            raise UserInputError(
-                f"The name {new.name!r} is taken: tinker://{new.run_id}/{new.kind}/{new.name}.",
-                "Choose another name, or save with overwrite=True.",
-            )
-        folder = self._unfinished / uuid.uuid4().hex
-        folder.mkdir()
-        try:
+        with self._lock:
+            self._check_free(new, target)
+        with self._staging.new() as folder:
             write(folder)
             checkpoint = _describe(new, folder)
-            _write_json(folder / "checkpoint.json", asdict(checkpoint))
-            self._put(folder, target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            write_json(folder / _DESCRIPTION, asdict(checkpoint))
+            with self._lock:
+                self._check_free(new, target)
+                self._staging.put(folder, target)
+        self._expect(checkpoint)
         return checkpoint
+
+    def copy(self, source_path: str, run_id: str, ttl_s: int | None) -> Checkpoint:
+        """Give a checkpoint's files to the run `run_id`, which is made for it, as well.
+
+        Kind, name and metadata stay; the files are shared, and the source's TTL is not inherited.
+        The same copy again is the one that exists.
+
+        Raises:
+            UserInputError: An unusable path or TTL, or the run holds something else.
+            NotFoundError: There is no such checkpoint.
+        """
+        check_ttl(ttl_s)
+        with self._lock:
+            source = self.get(source_path)
+            new = NewCheckpoint(run_id, source.kind, source.name, ttl_s, source.user_metadata)
+            with contextlib.suppress(NotFoundError):
+                return self.get(new.path)
+            self._add_run_of_copy(source, run_id)
+            return self.save(new, lambda folder: self._share_files(source, folder))
 
     def get(self, path: str) -> Checkpoint:
         """The checkpoint behind a tinker:// path.
@@ -147,14 +146,11 @@ class Catalog:
             UserInputError: Not such a path.
             NotFoundError: Nothing is (or is any longer) stored there.
         """
-        match = _PATH.fullmatch(path)
-        if match is None or match[2] not in TYPES:
-            raise UserInputError(
-                f"{path!r} is no checkpoint path.",
-                "Use tinker://<run>/weights/<name> or tinker://<run>/sampler_weights/<name>.",
-            )
-        for checkpoint in self.of_run(match[1]):
-            if checkpoint.path == path:
+        run_id, kind, name = parse_checkpoint_path(path)
+        if is_run_id(run_id) and is_name(name):
+            with self._lock:  # else it could be missed while another takes its place
+                checkpoint = self._live(self._run_folder(run_id) / kind / name)
+            if checkpoint is not None:
                 return checkpoint
         raise NotFoundError(f"No checkpoint {path!r} on this server.", "List the checkpoints.")
 
@@ -165,18 +161,62 @@ class Catalog:
             NotFoundError: There is no such run.
         """
         self.run(run_id)
-        return _newest_first(self._stored(self._run_folder(run_id)))
+        with self._lock:
+            return _newest_first(self._stored(self._run_folder(run_id)))
 
     def all(self) -> list[Checkpoint]:
         """Every run's checkpoints, newest first."""
-        return _newest_first(c for run in self._runs.iterdir() for c in self._stored(run))
+        with self._lock:
+            return _newest_first(c for run in self._runs.iterdir() for c in self._stored(run))
+
+    def set_ttl(self, path: str, ttl_s: int | None) -> Checkpoint:
+        """Let a checkpoint expire `ttl_s` seconds from now, or never; raises as `get` does.
+
+        Raises:
+            UserInputError: The TTL is out of range.
+        """
+        check_ttl(ttl_s)
+        changed = self._change(path, expires_at=expiry(datetime.now(UTC), ttl_s))
+        self._expect(changed)
+        return changed
+
+    def set_public(self, path: str, is_public: bool) -> Checkpoint:
+        """Note that a checkpoint is public, or that it is not; raises as `get` does."""
+        return self._change(path, is_public=is_public)
 
     def delete(self, path: str) -> None:
         """Remove a checkpoint; raises as `get` does."""
-        self._discard(self.folder(self.get(path)))
+        with self._lock:
+            self._staging.discard(self.folder(self.get(path)))
+
+    @property
+    def has_expired(self) -> bool:
+        """Whether a checkpoint's time has come since the last sweep."""
+        return self._next_expiry is not None and self._next_expiry <= datetime.now(UTC)
+
+    def sweep(self) -> None:
+        """Remove what has expired from disk; until then it is only not to be seen."""
+        with self._lock:
+            self._next_expiry = None
+        for checkpoint in self.all():
+            self._expect(checkpoint)
 
     def folder(self, checkpoint: Checkpoint) -> Path:
         return self._run_folder(checkpoint.run_id) / checkpoint.kind / checkpoint.name
+
+    def files(self, checkpoint: Checkpoint) -> list[Path]:
+        """What was saved, without our own description.
+
+        Raises:
+            NotFoundError: It is gone.
+        """
+        try:
+            found = sorted(self.folder(checkpoint).iterdir())
+        except FileNotFoundError:
+            raise NotFoundError(
+                f"No checkpoint {checkpoint.path!r} on this server.", "List the checkpoints."
+            ) from None
+        return [file for file in found if file.name not in _OURS]
 
     def ephemeral_folder(self, sampler_id: str) -> Path:
         """A new, empty folder for the weights of an unnamed sampler."""
@@ -184,89 +224,132 @@ class Catalog:
         folder.mkdir()
         return folder
 
+    def put_inflight(self, model_id: str, sampler_id: str, write: Callable[[Path], None]) -> Path:
+        """Renew the weights that all in-flight samplers of a model share; the folder they lie in.
+
+        It goes with the first of them. Each file takes the old one's place whole, so whoever reads
+        meanwhile has one or the other.
+        """
+        if model_id not in self._inflight:
+            self._inflight[model_id] = self.ephemeral_folder(sampler_id)
+        with self._staging.new() as fresh:
+            write(fresh)
+            for file in fresh.iterdir():
+                file.replace(self._inflight[model_id] / file.name)
+        return self._inflight[model_id]
+
     def drop_ephemeral(self, sampler_id: str) -> None:
         """Remove an unnamed sampler's weights; nothing happens for one that has a name."""
         shutil.rmtree(self._ephemeral / sampler_id.replace(":", "_"), ignore_errors=True)
 
+    def _add_run_of_copy(self, source: Checkpoint, run_id: str) -> None:
+        run = self.run(source.run_id)
+        with contextlib.suppress(NotFoundError):
+            if self.of_run(run_id):
+                raise UserInputError(
+                    f"The run {run_id!r} holds other checkpoints.", "Copy into a new one."
+                )
+        self.add_run(replace(run, run_id=run_id, created_at=datetime.now(UTC).isoformat()))
+
+    def _share_files(self, source: Checkpoint, folder: Path) -> None:
+        for file in self.files(source):
+            share_or_copy(file, folder / file.name)
+
     def _stored(self, run: Path) -> Iterator[Checkpoint]:
-        for file in run.glob("*/*/checkpoint.json"):
-            try:
-                checkpoint = Checkpoint(**json.loads(file.read_text()))
-            except FileNotFoundError:
-                continue  # replaced or deleted since glob saw it
-            if checkpoint.is_expired:
-                self._discard(file.parent)
-            else:
+        for file in run.glob(f"*/*/{_DESCRIPTION}"):
+            checkpoint = self._live(file.parent)
+            if checkpoint is not None:
                 yield checkpoint
 
+    def _live(self, folder: Path) -> Checkpoint | None:
+        """The checkpoint in a folder; one that has expired is removed instead."""
+        checkpoint = _read(folder)
+        if checkpoint is None or not checkpoint.is_expired:
+            return checkpoint
+        self._staging.discard(folder)
+        return None
+
+    def _check_free(self, new: NewCheckpoint, target: Path) -> None:
+        if new.overwrite or not target.exists():
+            return
+        if self._live(target) is None and not target.exists():  # it had expired
+            return
+        raise UserInputError(
+            f"The name {new.name!r} is taken: {new.path}.",
+            "Choose another name, or save with overwrite=True."
+            if new.kind == "weights"
+            else "Choose another name, or delete that checkpoint.",
+        )
+
+    def _change(self, path: str, **changes: Any) -> Checkpoint:
+        with self._lock:
+            changed = replace(self.get(path), **changes)
+            write_json(self.folder(changed) / _DESCRIPTION, asdict(changed))
+        return changed
+
+    def _expect(self, checkpoint: Checkpoint) -> None:
+        """Remember when the next sweep is due."""
+        if checkpoint.expires_at is None:
+            return
+        end = datetime.fromisoformat(checkpoint.expires_at)
+        with self._lock:
+            self._next_expiry = min(end, self._next_expiry or end)
+
     def _run_folder(self, run_id: str) -> Path:
-        if not _RUN_ID.fullmatch(run_id):
+        if not is_run_id(run_id):
             raise UserInputError(f"{run_id!r} is no training run id.", "List the training runs.")
-        return self._runs / run_id.replace(":", "_")
+        return self._runs / folder_name(run_id)
 
-    def _put(self, folder: Path, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        replaced = self._unfinished / uuid.uuid4().hex
-        # Two renames with nothing between: removing the old one first would take milliseconds in
-        # which a crash costs both.
-        with contextlib.suppress(FileNotFoundError):
-            target.rename(replaced)
-        folder.rename(target)
-        _sync(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+    def _put_back_replaced(self) -> None:
+        """Undo an overwrite that was cut off when the old checkpoint had gone and no new one come.
 
-    def _discard(self, folder: Path) -> None:
-        """Remove a folder such that it is never seen half-removed; it may be gone already."""
-        trash = self._unfinished / uuid.uuid4().hex
-        with contextlib.suppress(FileNotFoundError):
-            folder.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
+        What was merely deleted, or replaced in full, stays so.
+        """
+        for folder in self._staging.interrupted():
+            checkpoint = _description(folder)
+            if checkpoint is None or not (
+                is_run_id(checkpoint.run_id) and is_name(checkpoint.name)
+            ):
+                continue
+            if checkpoint.kind in TYPES and not self.folder(checkpoint).exists():
+                folder.rename(self.folder(checkpoint))
 
 
-def _check(new: NewCheckpoint) -> None:
-    if not _NAME.fullmatch(new.name):
-        raise UserInputError(
-            f"{new.name!r} is no usable checkpoint name.",
-            "Use 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit.",
-        )
-    if new.ttl_s is not None and not 3600 <= new.ttl_s <= 315_360_000:
-        raise UserInputError(
-            f"ttl_seconds is {new.ttl_s}.", "Use 3600 (an hour) to 315360000 (ten years)."
-        )
+def _read(folder: Path) -> Checkpoint | None:
+    """The checkpoint in `folder`, if its description belongs there."""
+    checkpoint = _description(folder)
+    if checkpoint is None:
+        return None
+    expected = (folder_name(checkpoint.run_id), checkpoint.kind, checkpoint.name)
+    return checkpoint if folder.parts[-3:] == expected else None
+
+
+def _description(folder: Path) -> Checkpoint | None:
+    try:
+        return Checkpoint(**json.loads((folder / _DESCRIPTION).read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        return None  # replaced or deleted since it was seen
+    except (ValueError, TypeError) as error:
+        log.warning("unreadable_checkpoint", folder=str(folder), error=str(error))
+        return None
 
 
 def _describe(new: NewCheckpoint, folder: Path) -> Checkpoint:
     now = datetime.now(UTC)
-    expires = None if new.ttl_s is None else (now + timedelta(seconds=new.ttl_s)).isoformat()
     size_bytes = 0
     for file in folder.iterdir():
         size_bytes += file.stat().st_size
-        _sync(file)
+        sync(file)
     return Checkpoint(
-        new.run_id, new.kind, new.name, now.isoformat(), size_bytes, expires, new.user_metadata
+        run_id=new.run_id,
+        kind=new.kind,
+        name=new.name,
+        created_at=now.isoformat(),
+        size_bytes=size_bytes,
+        expires_at=expiry(now, new.ttl_s),
+        user_metadata=new.user_metadata,
     )
 
 
-def _newest_first(checkpoints: Iterator[Checkpoint]) -> list[Checkpoint]:
+def _newest_first(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     return sorted(checkpoints, key=lambda checkpoint: checkpoint.created_at, reverse=True)
-
-
-def _run_id(folder: Path) -> str:
-    return folder.name.replace("_", ":")
-
-
-def _write_json(file: Path, value: object) -> None:
-    """Write it whole or not at all."""
-    beside = file.with_suffix(".tmp")
-    beside.write_text(json.dumps(value, indent=2))
-    _sync(beside)
-    beside.replace(file)
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold it before anything is built on it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

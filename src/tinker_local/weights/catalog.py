@@ -70,6 +70,11 @@ def resolve_model(spec: str, cache: Path, *, progress: Progress) -> ModelFiles:
         ) from error
 
 
+def is_model_name(text: str) -> bool:
+    """Tell whether a text is a name like org/model."""
+    return _NAME.fullmatch(text) is not None
+
+
 def _resolve(spec: str, cache: Path, progress: Progress) -> ModelFiles:
     if spec in _BUILT_IN:
         return _BUILT_IN[spec](cache, progress)

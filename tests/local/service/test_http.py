@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
+import base64
 
 import httpx
 import pytest
 import zstandard
 
-from tinker_local.ops import BaseModelInfo
-from tinker_local.service import create_app
-from tinker_local.service.guard import Guard
+from tinker_local.service.identity import Identity
 from tiny_data import TINY
 
-KEY = "tml-local-test"
-
-
-class _Engine:
-    def base_models(self) -> list[BaseModelInfo]:
-        return [BaseModelInfo(TINY, Path("/models/tiny"), 4096)]
-
-
-@pytest.fixture
-async def http(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the guarded application, inside this process; it holds the key."""
-    app = create_app(_Engine(), tmp_path)  # type: ignore[arg-type]  # no other operation is reached
-    transport = httpx.ASGITransport(Guard(app, KEY))
-    client = httpx.AsyncClient(
-        transport=transport,
-        base_url="http://127.0.0.1:8000/api/v1",
-        headers={"X-API-Key": KEY},
-    )
-    async with app.router.lifespan_context(app), client:
-        yield client
+KEY = "tml-local-test"  # the one that conftest serves with
 
 
 CAPABILITIES = "/get_server_capabilities"
@@ -96,7 +74,7 @@ async def test_health_needs_no_key_but_a_loopback_name(http: httpx.AsyncClient, 
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/nonsense"), ("PUT", "/training_runs/x/checkpoints/weights/a/ttl")],
+    [("GET", "/nonsense"), ("PUT", "/checkpoints")],
 )
 async def test_an_unserved_route_is_named(http: httpx.AsyncClient, method: str, path: str) -> None:
     answer = await http.request(method, path)
@@ -180,6 +158,52 @@ async def test_cancelling_an_unknown_request_is_no_error(http: httpx.AsyncClient
     assert (await http.post("/cancel_future", json={"request_id": "lost"})).status_code == 204
 
 
+async def test_a_token_made_from_the_key_opens(http: httpx.AsyncClient) -> None:
+    token = (await http.post("/auth/token", json={})).json()["jwt"]
+
+    answer = await http.get(CAPABILITIES, headers={"X-API-Key": token})
+
+    assert answer.status_code == 200
+
+
+async def test_an_expired_token_asks_the_sdk_for_a_new_one(http: httpx.AsyncClient) -> None:
+    token = Identity(KEY).token(made_from=KEY, life_s=-1)
+
+    answer = await http.get(CAPABILITIES, headers={"X-API-Key": token})
+
+    assert answer.status_code == 401
+    assert 'error="invalid_token"' in answer.headers["WWW-Authenticate"]
+
+
+async def test_a_token_of_another_server_is_refused_for_good(http: httpx.AsyncClient) -> None:
+    token = Identity("tml-local-other").token(made_from="tml-local-other")
+
+    answer = await http.get(CAPABILITIES, headers={"X-API-Key": token})
+
+    assert answer.status_code == 401
+    assert "WWW-Authenticate" not in answer.headers
+    assert "made anew from their last saved state" in answer.json()["detail"]
+
+
+async def test_a_token_with_other_claims_or_another_signature_is_refused(
+    http: httpx.AsyncClient,
+) -> None:
+    header, claims, signature = Identity(KEY).token(made_from=KEY).split(".")
+    later = base64.urlsafe_b64encode(b'{"exp": 99999999999}').rstrip(b"=").decode()
+    flipped = ("A" if signature[0] != "A" else "B") + signature[1:]
+
+    for forged in (
+        f"{header}.{later}.{signature}",
+        f"{header}.{claims}.{flipped}",
+        f"{header}.{claims}.",
+        f"{header}.{claims}",
+        "..",
+        "\u00e9.\u00e9.\u00e9",
+    ):
+        answer = await http.get(CAPABILITIES, headers={"X-API-Key": forged.encode()})
+        assert answer.status_code == 401, forged
+
+
 async def test_a_heartbeat_of_a_finished_session_ends_the_heartbeats(
     http: httpx.AsyncClient,
 ) -> None:
@@ -201,6 +225,13 @@ async def test_a_page_that_cannot_be_is_refused(http: httpx.AsyncClient, query: 
 
     assert answer.status_code == 400
     assert "limit" in answer.json()["detail"]
+
+
+async def test_a_session_cannot_finish_for_an_unknown_reason(http: httpx.AsyncClient) -> None:
+    answer = await http.post("/sessions/x/finish", json={"reason": {"type": "nonsense"}})
+
+    assert answer.status_code == 400
+    assert "success, errored, interrupted" in answer.json()["detail"]
 
 
 async def test_finishing_an_unknown_session_is_not_found(http: httpx.AsyncClient) -> None:

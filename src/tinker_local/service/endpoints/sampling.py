@@ -7,29 +7,38 @@ from starlette.responses import JSONResponse, Response
 from tinker import types
 
 from tinker_local.errors import UserInputError
+from tinker_local.ops import Sample, SampleOutput
 from tinker_local.service import wire
 from tinker_local.service.backend import backend_of
 from tinker_local.service.endpoints.bodies import parse
 from tinker_local.service.futures import Reply
+from tinker_local.service.usage import usage_of
 
 
 async def asample(request: Request) -> Response:
     """Promise `num_samples` continuations of a prompt."""
-    backend = backend_of(request)
+    backend, usage = backend_of(request), usage_of(request)
     wanted = await parse(request, types.SampleRequest)
     if wanted.sampling_session_id is None:
         raise UserInputError("asample names no sampling client.", "Use the tinker SDK 0.38.")
     sampler = backend.sessions.sampler(wanted.sampling_session_id)
-    request_id = f"{sampler.sampler_id}:{wanted.seq_id}"
 
-    def work() -> Reply:
-        op = wire.sample_op(wanted, sampler.weights)
-        return wire.sample_reply(backend.engine.sample(op, lambda: future.is_cancelled))
+    def read() -> Sample:
+        return wire.sample_op(wanted, sampler.weights)
 
-    future = backend.promise(request_id, sampler.session_id, work)
+    def encode(output: SampleOutput) -> Reply:
+        model, session = sampler.weights.base_model, sampler.session_id
+        read_tokens = wanted.prompt.length - output.cached_tokens
+        usage.add("sampling_prefill", model, read_tokens, session)
+        usage.add("sampling_prefill_cached", model, output.cached_tokens, session)
+        sampled = sum(len(sequence.tokens) for sequence in output.sequences)
+        usage.add("sampling_sample", model, sampled, session)
+        return wire.sample_reply(output, wanted)
+
+    future = backend.promise_sample(sampler, wanted.seq_id or 0, read, encode)
     return JSONResponse(
         {
-            "request_id": request_id,
-            "sample_sequence_ids": [f"{request_id}:{n}" for n in range(wanted.num_samples)],
+            "request_id": future.request_id,
+            "sample_sequence_ids": [f"{future.request_id}:{n}" for n in range(wanted.num_samples)],
         }
     )

@@ -8,6 +8,7 @@ from tinker_local.service.wire.replies import failure_body, json_reply
 from tinker_local.service.wire.sampling import sample_op, sample_reply
 from tinker_local.service.wire.training import (
     MAX_BODY_BYTES,
+    ForwardBackwardRequest,
     decompress,
     forward_backward_op,
     loss_reply,
@@ -16,6 +17,7 @@ from tinker_local.service.wire.training import (
 
 __all__ = [
     "MAX_BODY_BYTES",
+    "ForwardBackwardRequest",
     "decompress",
     "failure_body",
     "forward_backward_op",

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from tinker import types
 from tinker.proto import tinker_public_pb2 as pb
 
 from tinker_local.errors import NotServedError
-from tinker_local.ops import Sample, SampleOutput, SamplerWeights, Tokens
+from tinker_local.ops import (
+    Floats,
+    Sample,
+    SampledSequence,
+    SampleOutput,
+    SamplerWeights,
+    Tokens,
+    TokenScores,
+)
 from tinker_local.service.futures import Reply
+from tinker_local.service.wire.arrays import tensor
 from tinker_local.service.wire.replies import PROTO
+
+TargetTokens: TypeAlias = Any
+"""What SampleRequest.target_prompt_logprobs holds; the SDK keeps its type to itself."""
 
 
 def sample_op(request: types.SampleRequest, weights: SamplerWeights) -> Sample:
@@ -19,19 +32,16 @@ def sample_op(request: types.SampleRequest, weights: SamplerWeights) -> Sample:
 
     Raises:
         NotServedError: An option that tinker-local has not, by name.
+        UserInputError: Targets whose sizes do not agree.
     """
-    for name in (
-        "topk_prompt_logprobs",
-        "topk_sample_logprobs",
-        "target_prompt_logprobs",
-        "prompt_alt_tokens_k",
-        "prompt_logprobs_last_n",
-        "record_stability_info",
-    ):
-        if getattr(request, name):
-            raise NotServedError(f"tinker-local does not serve {name}.", "Leave it out.")
+    if request.record_stability_info:
+        raise NotServedError(
+            "tinker-local does not serve record_stability_info: only stable_reinforce uses it.",
+            "Leave it out.",
+        )
     params = request.sampling_params
     stop_tokens, stop_strings = _stops(params.stop)
+    targets = request.target_prompt_logprobs
     return Sample(
         weights=weights,
         prompt=_prompt(request.prompt),
@@ -43,24 +53,91 @@ def sample_op(request: types.SampleRequest, weights: SamplerWeights) -> Sample:
         top_k=params.top_k,
         top_p=params.top_p,
         seed=params.seed,
+        top_sampled=request.topk_sample_logprobs,
         prompt_logprobs=bool(request.prompt_logprobs),
+        prompt_logprobs_last_n=request.prompt_logprobs_last_n,
+        top_prompt=request.topk_prompt_logprobs,
+        prompt_targets=None if targets is None else _targets(targets),
+        prompt_alternatives=request.prompt_alt_tokens_k,
     )
 
 
-def sample_reply(output: SampleOutput) -> Reply:
-    """Encode as a SampleResponse."""
-    sequences = [
-        pb.SampledSequence(
-            stop_reason=pb.STOP_REASON_STOP if s.is_stopped else pb.STOP_REASON_LENGTH,
-            tokens=s.tokens.astype(np.int32).tobytes(),
-            logprobs=s.logprobs.tobytes(),
-        )
-        for s in output.sequences
-    ]
-    message = pb.SampleResponse(sequences=sequences)
+def sample_reply(output: SampleOutput, request: types.SampleRequest) -> Reply:
+    """Encode as a SampleResponse; targets are scored in the layout in which they were asked."""
+    message = pb.SampleResponse(
+        sequences=[_sequence(sequence) for sequence in output.sequences],
+        prompt_cache_hit_tokens=output.cached_tokens,
+    )
     if output.prompt_logprobs is not None:
         message.prompt_logprobs = output.prompt_logprobs.tobytes()
+    if output.prompt_top is not None:
+        message.topk_prompt_logprobs.CopyFrom(_top(output.prompt_top))
+    if output.prompt_targets is not None and request.target_prompt_logprobs is not None:
+        scores = _target_scores(output.prompt_targets, request.target_prompt_logprobs)
+        message.target_prompt_logprobs.CopyFrom(scores)
+    if output.prompt_alternatives is not None:
+        drawn = output.prompt_alternatives
+        tokens = drawn.tokens.astype(np.int32)
+        shape = tokens.shape
+        message.prompt_alt_tokens.tokens.CopyFrom(
+            pb.Tensor(dense=tokens.tobytes(), dtype=pb.DTYPE_INT32, shape=shape)
+        )
+        message.prompt_alt_tokens.logprobs.CopyFrom(
+            pb.Tensor(dense=drawn.logprobs.tobytes(), dtype=pb.DTYPE_FLOAT32, shape=shape)
+        )
     return Reply(message.SerializeToString(), PROTO)
+
+
+def _sequence(sequence: SampledSequence) -> pb.SampledSequence:
+    message = pb.SampledSequence(
+        stop_reason=pb.STOP_REASON_STOP if sequence.is_stopped else pb.STOP_REASON_LENGTH,
+        tokens=sequence.tokens.astype(np.int32).tobytes(),
+        logprobs=sequence.logprobs.tobytes(),
+    )
+    if sequence.top is not None:
+        message.topk_sampled_logprobs.CopyFrom(_top(sequence.top))
+    return message
+
+
+def _top(scores: TokenScores) -> pb.TopkLogprobs:
+    length, count = scores.tokens.shape
+    return pb.TopkLogprobs(
+        token_ids=scores.tokens.astype(np.int32).tobytes(),
+        logprobs=scores.logprobs.tobytes(),
+        k=count,
+        length=length,
+    )
+
+
+def _targets(targets: TargetTokens) -> Tokens:
+    """Token ids asked at each prompt position, dense, -1 where nothing is."""
+    # What a sparse tensor leaves out becomes 0; counted from 1, that is no token.
+    from_one = np.array(targets.data, dtype=np.int64) + 1
+    message = pb.Tensor(dtype=pb.DTYPE_INT64, shape=targets.shape or [len(from_one)])
+    if targets.sparse_crow_indices is None:
+        message.dense = from_one.tobytes()
+    else:
+        message.sparse_csr.values = from_one.tobytes()
+        message.sparse_csr.crow_indices = _int64_bytes(targets.sparse_crow_indices)
+        message.sparse_csr.col_indices = _int64_bytes(targets.sparse_col_indices or [])
+    dense: Tokens = tensor(message, "target_prompt_logprobs").astype(np.int64) - 1
+    return dense
+
+
+def _target_scores(scores: Floats, asked: TargetTokens) -> pb.Tensor:
+    message = pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=scores.shape)
+    if asked.sparse_crow_indices is None:
+        message.dense = scores.tobytes()
+        return message
+    rows = np.repeat(np.arange(len(scores)), np.diff(asked.sparse_crow_indices))
+    message.sparse_csr.values = scores[rows, asked.sparse_col_indices or []].tobytes()
+    message.sparse_csr.crow_indices = _int64_bytes(asked.sparse_crow_indices)
+    message.sparse_csr.col_indices = _int64_bytes(asked.sparse_col_indices or [])
+    return message
+
+
+def _int64_bytes(values: Sequence[int]) -> bytes:
+    return np.array(values, dtype=np.int64).tobytes()
 
 
 def _prompt(prompt: types.ModelInput) -> Tokens:

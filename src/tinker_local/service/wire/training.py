@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import TypeAlias
+
 import numpy as np
 import zstandard
 from google.protobuf.message import DecodeError
@@ -10,11 +14,23 @@ from tinker.proto import tinker_public_pb2 as pb
 from tinker_local.errors import NotServedError, UserInputError
 from tinker_local.ops import ForwardBackward, LossOutput, Tokens, TrainingDatum
 from tinker_local.service.futures import Reply
-from tinker_local.service.wire.arrays import array
+from tinker_local.service.wire.arrays import array, array_records, tensor
 from tinker_local.service.wire.replies import PROTO
+
+ForwardBackwardRequest: TypeAlias = pb.ForwardBackwardRequest
 
 MAX_BODY_BYTES = 64 * 2**20
 """The SDK splits a forward_backward at 5 MB; anything near this limit is no SDK's."""
+
+MAX_SPARSE_VALUES = 2**26
+"""Of all sparse tensors of a request in dense form, 512 MiB of int64; the SDK counts their bytes
+as they are on the wire when it splits."""
+
+_NOT_TEXT: Mapping[str | None, str] = {
+    "image": "an image",
+    "dmel": "audio (dmel)",
+    None: "a chunk without content",
+}
 
 
 def decompress(body: bytes) -> bytes:
@@ -33,7 +49,7 @@ def decompress(body: bytes) -> bytes:
     return plain
 
 
-def parse_forward_backward(body: bytes) -> pb.ForwardBackwardRequest:
+def parse_forward_backward(body: bytes) -> ForwardBackwardRequest:
     """Read the message's frame: model_id and seq_id can be trusted, the data not yet.
 
     Raises:
@@ -49,53 +65,83 @@ def parse_forward_backward(body: bytes) -> pb.ForwardBackwardRequest:
     return message
 
 
-def forward_backward_op(message: pb.ForwardBackwardRequest) -> ForwardBackward:
+def forward_backward_op(message: ForwardBackwardRequest) -> ForwardBackward:
     """Read all of the message.
 
     Raises:
-        UserInputError: Data of a wrong size or shape, naming the datum.
+        UserInputError: Data of a wrong size or shape, naming the datum; a loss_fn_config entry
+            without a value.
         NotServedError: Images, audio or provenance spans.
     """
-    config: dict[str, float | str] = dict(message.loss_fn_config)
-    for key, value in message.loss_fn_config_v2.items():
-        config[key] = value.text if value.HasField("text") else value.number
+    _check_sparse_size(message)
     return ForwardBackward(
         model_id=message.model_id,
         data=[_datum(position, datum) for position, datum in enumerate(message.data)],
         loss_fn=message.loss_fn,
-        loss_fn_config=config,
+        loss_fn_config=_config(message),
         forward_only=message.forward_only,
     )
 
 
 def loss_reply(output: LossOutput) -> Reply:
-    """Encode per-datum log-probabilities and metrics as a ForwardBackwardOutput."""
-    record = pb.ArrayRecord(type_tag="ArrayRecord", num_datums=len(output.logprobs))
-    offsets = np.cumsum([0, *(array.nbytes for array in output.logprobs)], dtype=np.int64)
-    record.fields["logprobs"].data = b"".join(array.tobytes() for array in output.logprobs)
-    record.fields["logprobs"].offsets = offsets.tobytes()
-    record.fields["logprobs"].dtype = pb.DTYPE_FLOAT32
+    """Encode log-probabilities, (N,) or (N, K) each, and metrics as a ForwardBackwardOutput."""
     message = pb.ForwardBackwardOutput(
-        loss_fn_output_type="ArrayRecord", loss_fn_outputs=[record], metrics=dict(output.metrics)
+        loss_fn_output_type="ArrayRecord",
+        loss_fn_outputs=array_records("logprobs", output.logprobs),
+        metrics=dict(output.metrics),
     )
     return Reply(message.SerializeToString(), PROTO)
+
+
+def _config(message: ForwardBackwardRequest) -> Mapping[str, float | str]:
+    """The SDK sends numbers in both maps and text in the second alone, which therefore wins."""
+    config: dict[str, float | str] = dict(message.loss_fn_config)
+    for key, value in message.loss_fn_config_v2.items():
+        if value.WhichOneof("value") is None:
+            raise UserInputError(f"loss_fn_config[{key!r}] holds no value.", "Give it a number.")
+        config[key] = value.text if value.HasField("text") else value.number
+    return config
+
+
+def _check_sparse_size(message: ForwardBackwardRequest) -> None:
+    """Bound what a request unpacks to, before any of it is."""
+    size = sum(
+        max(0, math.prod(value.shape))
+        for datum in message.data
+        for value in datum.loss_fn_inputs.values()
+        if value.HasField("sparse_csr")
+    )
+    if size > MAX_SPARSE_VALUES:
+        raise UserInputError(
+            f"The sparse loss_fn_inputs stand for {size:,} values; {MAX_SPARSE_VALUES:,} are the "
+            "limit of a request.",
+            "Send fewer datums at once, or fewer targets a position.",
+        )
 
 
 def _datum(position: int, datum: pb.Datum) -> TrainingDatum:
     place = f"data[{position}]"
     if datum.model_input_spans or datum.loss_fn_input_spans:
-        raise NotServedError(f"{place} carries provenance spans.", "Send the datum without them.")
+        raise NotServedError(
+            f"{place} carries provenance spans; tinker-local keeps no record of the samples that "
+            "they point to, and none of its losses reads them.",
+            "Send the datum without them.",
+        )
+    inputs = {
+        name: tensor(value, f"{place}.loss_fn_inputs[{name!r}]")
+        for name, value in datum.loss_fn_inputs.items()
+    }
+    return TrainingDatum(_tokens(place, datum), inputs)
+
+
+def _tokens(place: str, datum: pb.Datum) -> Tokens:
     chunks = []
     for chunk in datum.model_input:
         if not chunk.HasField("encoded_text"):
             raise NotServedError(
-                f"{place} holds a {chunk.WhichOneof('chunk') or 'chunk without content'}.",
-                "tinker-local's models read text only: send encoded text.",
+                f"{place} holds {_NOT_TEXT[chunk.WhichOneof('chunk')]}; tinker-local's models "
+                "read text only and have no encoder for anything else.",
+                "Send encoded text.",
             )
         chunks.append(array(chunk.encoded_text.tokens, np.dtype(np.int32), place))
-    tokens: Tokens = np.concatenate([np.empty(0, np.int32), *chunks]).astype(np.int64)
-    inputs = {
-        name: tensor(tensor, f"{place}.loss_fn_inputs[{name!r}]")
-        for name, tensor in datum.loss_fn_inputs.items()
-    }
-    return TrainingDatum(tokens, inputs)
+    return np.concatenate([np.empty(0, np.int32), *chunks]).astype(np.int64)
