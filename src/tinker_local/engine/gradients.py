@@ -84,12 +84,21 @@ def _score(op: ForwardBackward, model: BaseModel, adapter: Adapter) -> Slices[Lo
                     sums[name] += float(value)
                 logprobs[index] = scores.detach().cpu().numpy()
             loss = torch.stack(losses)
-            check_finite(op.loss_fn, batch.members, loss.tolist())
             if not op.forward_only:
+                _check_converged(scored)
+                check_finite(op.loss_fn, batch.members, loss.tolist())
                 loss.sum().backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
             sums["loss:sum"] += float(loss.detach().sum())
         yield
     return LossOutput(logprobs, dict(sums))
+
+
+def _check_converged(scored: Sequence[torch.Tensor]) -> None:
+    if not all(torch.isfinite(scores).all() for scores in scored):
+        raise UserInputError(
+            "The log-probabilities are not finite: the weights have diverged.",
+            "Lower the learning rate, and train on from the last good state.",
+        )
 
 
 def _batch_logprobs(

@@ -39,7 +39,7 @@ from tinker_local.service.endpoints import (
 )
 from tinker_local.service.endpoints.bodies import refuse
 from tinker_local.service.journal import SessionJournal
-from tinker_local.service.scheduler import Scheduler
+from tinker_local.service.scheduler import GAP_S, Scheduler
 from tinker_local.service.sessions import LOST_AFTER_S, SessionRegistry
 from tinker_local.service.usage import UsageLedger
 
@@ -141,6 +141,7 @@ def create_app(
     look_for_lost_s: float = 60.0,
     save_usage_s: float = 1.0,
     clock: Clock | None = None,
+    gap_s: float = GAP_S,
 ) -> Starlette:
     """The application; wrap it in `guard.Guard` before it is served.
 
@@ -149,6 +150,7 @@ def create_app(
         look_for_lost_s: Seconds between two looks for such sessions.
         save_usage_s: Seconds between two writes of the counted tokens.
         clock: When training work may run; by default always.
+        gap_s: Seconds that a training client's request waits for one with a lower seq_id.
     """
 
     @contextlib.asynccontextmanager
@@ -157,7 +159,9 @@ def create_app(
         registry = SessionRegistry(
             SessionJournal(state_dir), partial(_newest_state, catalog), lost_after_s
         )
-        app.state.backend = Backend(engine, catalog, Scheduler(engine, clock), registry)
+        app.state.backend = Backend(
+            engine, catalog, Scheduler(engine, clock), registry, gap_s=gap_s
+        )
         app.state.usage = UsageLedger(state_dir)
         app.state.audit = AuditLog(state_dir)
         app.state.grants = Grants()

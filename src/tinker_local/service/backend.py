@@ -11,7 +11,7 @@ from tinker_local.errors import LocalError
 from tinker_local.ops import Engine, Sample, SampleOutput
 from tinker_local.service.checkpoints import Catalog
 from tinker_local.service.futures import Future, FutureStore, Reply, failure
-from tinker_local.service.scheduler import Job, SampleJob, Scheduler, Work
+from tinker_local.service.scheduler import GAP_S, Job, SampleJob, Scheduler, Work
 from tinker_local.service.sessions import Sampler, SessionRegistry
 
 
@@ -24,6 +24,7 @@ class Backend:
     scheduler: Scheduler
     sessions: SessionRegistry = field(default_factory=SessionRegistry)
     futures: FutureStore = field(default_factory=FutureStore)
+    gap_s: float = GAP_S
 
     def promise_model(self, model_id: str, work: Work) -> Future:
         """Queue the `work` that makes a training client.

@@ -91,7 +91,7 @@ class CycleClock:
         self._cycles: dict[str, CyclesUsed] = {}
 
     def tick(self, waiting: Mapping[str, Sequence[bool]]) -> None:
-        ticks = int((self._now() - self._start) / self._every_s)
+        ticks = self._ticks_by_now()
         if ticks == self.ticks:
             return
         self.ticks = ticks
@@ -106,12 +106,16 @@ class CycleClock:
 
     def done(self, lane: str) -> None:
         self._released[lane] -= 1
+        self._last_used[lane] = self._ticks_by_now()  # a job may take longer than a cycle
 
     def next_tick_in_s(self) -> float | None:
         return max(0.0, self._start + (self.ticks + 1) * self._every_s - self._now())
 
     def cycles(self) -> Mapping[str, CyclesUsed]:
         return dict(self._cycles)
+
+    def _ticks_by_now(self) -> int:
+        return int((self._now() - self._start) / self._every_s)
 
     def _release(self, lane: str, ends_step: Sequence[bool]) -> None:
         has_step = True in ends_step

@@ -13,8 +13,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 from tinker_local.errors import UserInputError
@@ -26,6 +27,9 @@ Work: TypeAlias = Callable[[], Reply | Slices[Reply]]
 
 GAP_S = 30.0
 """Seconds that a request waits for one with a lower seq_id; the SDK sends them in milliseconds."""
+
+
+_CANCELLED = Failure("The request was cancelled.", "user")
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Job:
         if self.future.is_cancelled:
             if self._slices is not None:
                 self._slices.close()
-            return Failure("The request was cancelled.", "user")
+            return _CANCELLED
         try:
             if self._slices is None:
                 result = self.work()
@@ -69,6 +73,13 @@ class SampleJob:
     future: Future
     read: Callable[[], Sample]
     encode: Callable[[SampleOutput], Reply]
+
+    def outcome(self, result: SampleOutput | Exception) -> Reply | Failure:
+        """What the client is told of what the engine made of it."""
+        try:
+            return failure(result) if isinstance(result, Exception) else self.encode(result)
+        except Exception as error:  # one request's failure must not end the thread of all
+            return failure(error)
 
 
 @dataclass(frozen=True)
@@ -158,6 +169,7 @@ class Scheduler:
 
     def _start_sample(self, job: SampleJob) -> None:
         if job.future.is_cancelled:
+            self._settle(job.future, _CANCELLED)
             return
         ticket = job.future.request_id
         try:
@@ -171,13 +183,15 @@ class Scheduler:
         """Draw a token for every sequence under way."""
         for ticket in [t for t, job in self._samples.items() if job.future.is_cancelled]:
             self._engine.stop_sample(ticket)
-            self._settle(self._samples.pop(ticket).future, Failure("It was cancelled.", "user"))
-        for ticket, result in self._engine.continue_samples().items():
+            self._settle(self._samples.pop(ticket).future, _CANCELLED)
+        results: Mapping[str, SampleOutput | Exception]
+        try:
+            results = self._engine.continue_samples()
+        except Exception as error:  # nobody knows which of them it was
+            results = dict.fromkeys(self._samples, error)
+        for ticket, result in results.items():
             job = self._samples.pop(ticket)
-            if isinstance(result, Exception):
-                self._settle(job.future, failure(result))
-            else:
-                self._settle(job.future, job.encode(result))
+            self._settle(job.future, job.outcome(result))
 
     def _settle(self, future: Future, outcome: Reply | Failure) -> None:
         try:
@@ -192,7 +206,8 @@ class Sequencer:
 
     They may arrive in another order: the SDK sends the chunks of one forward_backward at once.
     The SDK counts on after an error, so a number may never come. After `gap_s` it is given up:
-    `on_gap` is told, and the requests behind it run.
+    `on_gap` is told, on the engine's thread when the requests before it are done, and those
+    behind it run.
     """
 
     scheduler: Scheduler
@@ -215,18 +230,28 @@ class Sequencer:
             )
         self._held[seq_id] = job
         self._release()
-        if self._held:
-            asyncio.get_running_loop().call_later(self.gap_s, self._give_up, self._next)
+        self._expect()
 
     def _release(self) -> None:
         while self._next in self._held:
             self.scheduler.submit(self.lane, self._held.pop(self._next))
             self._next += 1
 
+    def _expect(self) -> None:
+        """Wait for the number that holds others back, if there is one."""
+        if self._held:
+            asyncio.get_running_loop().call_later(self.gap_s, self._give_up, self._next)
+
     def _give_up(self, missing: int) -> None:
         """Go on without a number that is still missing."""
         if self._next != missing or not self._held:
             return
-        self.on_gap(missing)
+        gap = Future(f"{self.lane}:{missing}", self.lane.partition(":")[0])
+        self.scheduler.submit(self.lane, Job(gap, partial(self._tell_gap, missing)))
         self._next = min(self._held)
         self._release()
+        self._expect()
+
+    def _tell_gap(self, missing: int) -> Reply:
+        self.on_gap(missing)
+        return Reply(b"", "")

@@ -88,9 +88,8 @@ def _register(
     lora: LoraSpec,
     user_metadata: dict[str, object] | None,
 ) -> None:
-    model = TrainedModel(
-        model_id, session.session_id, base_model, lora, Sequencer(backend.scheduler, model_id)
-    )
+    sequencer = Sequencer(backend.scheduler, model_id, gap_s=backend.gap_s)
+    model = TrainedModel(model_id, session.session_id, base_model, lora, sequencer)
     model.sequencer.on_gap = model.note_gap
     session.models[model_id] = model
     backend.catalog.add_run(
