@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from tinker_local.ops import ForwardBackward, TrainingDatum
+from tinker_local.ops import (
+    Engine,
+    ForwardBackward,
+    ResultT,
+    Sample,
+    SampleOutput,
+    Slices,
+    TrainingDatum,
+)
 
 if TYPE_CHECKING:
     from tinker import types
@@ -44,3 +52,25 @@ def sdk_datum(text: str, weights: Sequence[float] | None = None) -> types.Datum:
         model_input=types.ModelInput.from_ints(tokens[:-1]),
         loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights},
     )
+
+
+def run_slices(slices: Slices[ResultT]) -> ResultT:
+    """Do all the work of a generator of slices."""
+    while True:
+        try:
+            next(slices)
+        except StopIteration as done:
+            return cast("ResultT", done.value)
+
+
+def sample(engine: Engine, op: Sample, ticket: str = "only") -> SampleOutput:
+    """Sample one request to its end; raises what it fails with."""
+    engine.start_sample(ticket, op)
+    for _ in range(2 * 4096):  # the tiny model's context, with room
+        results = engine.continue_samples()
+        if ticket in results:
+            output = results[ticket]
+            if isinstance(output, Exception):
+                raise output
+            return output
+    raise AssertionError(f"{ticket} is still not done")

@@ -135,20 +135,6 @@ def test_many_requests_at_once_are_all_answered(base: tinker.SamplingClient) -> 
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"topk_prompt_logprobs": 3}, "does not serve topk_prompt_logprobs"),
-        ({"topk_sample_logprobs": 3}, "does not serve topk_sample_logprobs"),
-    ],
-)
-def test_an_unserved_option_is_named(
-    base: tinker.SamplingClient, options: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(tinker.RequestFailedError, match=said):
-        base.sample(PROMPT, 1, types.SamplingParams(max_tokens=1), **options).result(BOUND_S)
-
-
-@pytest.mark.parametrize(
     ("params", "said"),
     [({"temperature": -1.0}, "temperature -1.0"), ({"top_p": 2.0}, "top_p 2.0")],
 )
@@ -166,18 +152,6 @@ def test_a_prompt_with_an_image_is_refused(base: tinker.SamplingClient) -> None:
 
     with pytest.raises(tinker.RequestFailedError, match="images or audio"):
         base.sample(image, 1, types.SamplingParams(max_tokens=1)).result(BOUND_S)
-
-
-def test_a_cancelled_sample_frees_the_engine_for_the_next(base: tinker.SamplingClient) -> None:
-    # 64 x 4,000 tokens would take the engine minutes.
-    endless = base.sample(PROMPT, 64, types.SamplingParams(max_tokens=4000, stop=[]))
-    after = base.sample(PROMPT, 1, types.SamplingParams(max_tokens=1))
-    with pytest.raises(TimeoutError):
-        after.result(1)
-
-    assert endless.future().cancel()
-
-    assert after.result(BOUND_S).sequences
 
 
 def test_the_samplers_base_model_is_known(sampler: tinker.SamplingClient) -> None:

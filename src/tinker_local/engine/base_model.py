@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tinker_local.engine import attention, lora
 from tinker_local.engine.attention import Layout, PackedSequences
 from tinker_local.engine.lora import Adapter, LoraLinear, wrap
-from tinker_local.errors import ModelFolderError
+from tinker_local.errors import ModelFolderError, NotServedError
 from tinker_local.ops import BaseModelInfo
 
 _LOGITS_MAY_DIFFER = 0.02
@@ -63,7 +63,12 @@ class BaseModel:
     def _check_logits(self, expected: torch.Tensor) -> None:
         """Refuse a model whose logits we do not reproduce: capped, scaled, windowed ..."""
         layout = PackedSequences(0, [len(self._probe)], self.device)
-        logits = self.logits(self.hidden_states(self._probe, layout))
+        try:
+            logits = self.logits(self.hidden_states(self._probe, layout))
+        except NotServedError as error:
+            raise ModelFolderError(
+                f"{self.info.name} cannot be served: {error.problem}", error.next_step
+            ) from error
         difference = float((logits - expected).norm() / expected.norm())
         if not difference < _LOGITS_MAY_DIFFER:
             raise ModelFolderError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -59,22 +60,23 @@ def plan(sequences: Sequence[Tokens], max_tokens: int) -> list[Batch]:
 def _families(sequences: Sequence[Tokens]) -> Iterator[Batch]:
     """Groups of sequences with a long common prefix, found among neighbours in sorted order."""
     order = sorted(range(len(sequences)), key=lambda i: sequences[i].astype(">i8").tobytes())
+    common = [_common(sequences[one], sequences[other]) for one, other in pairwise(order)]
     members: list[int] = []
-    prefix = 0
-    for index in order:
-        tokens = sequences[index]
+    prefix = 0  # of two members or more
+    neighbours = pairwise([0, *common, 0]) if order else ()
+    for index, (before, after) in zip(order, neighbours, strict=True):
+        shared = min(before, prefix) if len(members) > 1 else before
+        # A chat template's first words are common to all; they must not split a group of
+        # completions from the long prompt that they share, neither the last one nor the next.
+        if members and shared >= max(_MIN_SHARED, prefix // 2, after // 2):
+            members.append(index)
+            prefix = shared
+            continue
         if members:
-            shared = min(_common(sequences[members[-1]], tokens), prefix)
-            # A chat template's first words are common to all; they must not split a group of
-            # completions from the long prompt that they share.
-            if shared >= max(_MIN_SHARED, prefix // 2 if len(members) > 1 else 0):
-                members.append(index)
-                prefix = shared
-                continue
-            yield Batch(tuple(members), prefix if len(members) > 1 else 0)
-        members, prefix = [index], len(tokens) - 1
+            yield Batch(tuple(members), prefix)
+        members, prefix = [index], 0
     if members:
-        yield Batch(tuple(members), prefix if len(members) > 1 else 0)
+        yield Batch(tuple(members), prefix)
 
 
 def _common(one: Tokens, other: Tokens) -> int:

@@ -88,7 +88,7 @@ class LoraLinear(nn.Module):
         """The frozen layer; for a few rows on a CPU, with weights in the order it reads them.
 
         oneDNN brings them into that order at every call, which for 1 to 32 rows takes up to as
-        long as the product (1.3x to 2.1x in all). The copy in that order is made once.
+        long as the product (1.2x to 2.1x in all). The copy in that order is made once.
         """
         if torch.is_grad_enabled() or not _gains_by_packing(x):
             return cast("torch.Tensor", self.base(x))

@@ -1,7 +1,7 @@
 """Drawing tokens: all sequences that use the same weights advance together, one token at a time.
 
-A request joins whenever it comes and leaves when it is done (continuous batching): one step of 32
-sequences takes about as long as one of four.
+A request joins whenever it comes and leaves when it is done (continuous batching): a step of 32
+sequences takes less than twice as long as a step of one.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class Sampler:
         """Take a checked request on."""
         self._requests[ticket] = _Request(ticket, op, waiting=deque(range(op.num_samples)))
 
+    @torch.inference_mode()  # as step: the cache cannot be written otherwise
     def stop(self, ticket: str) -> None:
         """Forget a request, wherever it stands."""
         request = self._requests.pop(ticket, None)

@@ -93,8 +93,14 @@ class Load:
 class Scheduler:
     """Runs jobs off the event loop."""
 
-    def __init__(self, engine: Engine, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        clock: Clock | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.clock = clock or NoClock()
+        self._now = now
         self._engine = engine
         self._arrived: queue.SimpleQueue[tuple[str, Job] | SampleJob] = queue.SimpleQueue()
         self._lanes: dict[str, deque[Job]] = {}  # the next lane first
@@ -119,7 +125,7 @@ class Scheduler:
         return Load(lanes, len(self._samples))
 
     def _run(self) -> None:
-        while True:
+        while not self._loop.is_closed():
             self._take_arrived()
             self._turn()
 
@@ -146,13 +152,13 @@ class Scheduler:
         lane = self._ready_lane()
         if lane is None or not self._samples:
             self._training_s = self._sampling_s = 0.0
-        started = time.monotonic()
+        started = self._now()
         if lane is not None and (not self._samples or self._training_s <= self._sampling_s):
             self._train(lane)
-            self._training_s += time.monotonic() - started
+            self._training_s += self._now() - started
         elif self._samples:
             self._sample()
-            self._sampling_s += time.monotonic() - started
+            self._sampling_s += self._now() - started
 
     def _ready_lane(self) -> str | None:
         return next((lane for lane in self._lanes if self.clock.may_run(lane)), None)
@@ -182,22 +188,31 @@ class Scheduler:
     def _sample(self) -> None:
         """Draw a token for every sequence under way."""
         for ticket in [t for t, job in self._samples.items() if job.future.is_cancelled]:
-            self._engine.stop_sample(ticket)
+            self._stop_sample(ticket)
             self._settle(self._samples.pop(ticket).future, _CANCELLED)
         results: Mapping[str, SampleOutput | Exception]
         try:
             results = self._engine.continue_samples()
         except Exception as error:  # nobody knows which of them it was
             results = dict.fromkeys(self._samples, error)
+            for ticket in results:
+                self._stop_sample(ticket)
         for ticket, result in results.items():
             job = self._samples.pop(ticket)
             self._settle(job.future, job.outcome(result))
 
+    def _stop_sample(self, ticket: str) -> None:
+        try:
+            self._engine.stop_sample(ticket)
+        except Exception as error:  # logged; who asked is told that it was cancelled
+            failure(error)
+
     def _settle(self, future: Future, outcome: Reply | Failure) -> None:
         try:
             self._loop.call_soon_threadsafe(future.resolve, outcome)
-        except RuntimeError:  # the loop is closed: the server ended while a job ran
-            raise SystemExit from None  # of this thread
+        except RuntimeError:  # the server ended while a job ran; see _run
+            if not self._loop.is_closed():
+                raise
 
 
 @dataclass

@@ -4,17 +4,19 @@ import pytest
 import torch
 
 from tinker_local.engine import lora
+from tinker_local.engine.attention import PackedSequences
 from tinker_local.engine.base_model import BaseModel
 from tinker_local.engine.torch_engine import TorchEngine
 from tinker_local.errors import UserInputError
 from tinker_local.ops import LoraSpec
 
-TOKENS = torch.tensor([list(b"hello")])
+TOKENS = torch.tensor(list(b"hello"))
 
 
 def _logits(model: BaseModel, adapter: lora.Adapter | None) -> torch.Tensor:
     with torch.inference_mode(), lora.active(model.layers, adapter):
-        return model.logits(model.hidden_states(TOKENS))
+        layout = PackedSequences(0, [len(TOKENS)], TOKENS.device)
+        return model.logits(model.hidden_states(TOKENS, layout))
 
 
 def _changed(adapter: lora.Adapter) -> lora.Adapter:

@@ -107,7 +107,7 @@ def _open_model(http: httpx.AsyncClient, session_id: str) -> str:
     backend = transport.app.app.state.backend  # type: ignore[attr-defined]
     model_id = f"{session_id}:train:0"
     backend.sessions.get(session_id).models[model_id] = TrainedModel(
-        model_id, session_id, "org/base", LoraSpec(), Sequencer(backend.scheduler)
+        model_id, session_id, "org/base", LoraSpec(), Sequencer(backend.scheduler, model_id)
     )
     return model_id
 

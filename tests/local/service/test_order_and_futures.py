@@ -34,17 +34,22 @@ class _Engine:
 @pytest.fixture
 async def backend(tmp_path: Path) -> Backend:
     engine: Any = _Engine()
-    return Backend(engine, Catalog(tmp_path), Scheduler())
+    return Backend(engine, Catalog(tmp_path), Scheduler(engine))
 
 
-def _client(backend: Backend, number: int = 0) -> str:
+def _client(backend: Backend, gap_s: float = BOUND_S) -> str:
     """An open training client's id."""
     session = backend.sessions.open(None)
-    model_id = f"{session.session_id}:train:{number}"
-    session.models[model_id] = TrainedModel(
-        model_id, session.session_id, "org/base", LoraSpec(), Sequencer(backend.scheduler)
-    )
+    model_id = f"{session.session_id}:train:0"
+    session.models[model_id] = _trained(backend, model_id, gap_s)
     return model_id
+
+
+def _trained(backend: Backend, model_id: str, gap_s: float = BOUND_S) -> TrainedModel:
+    sequencer = Sequencer(backend.scheduler, model_id, gap_s=gap_s)
+    model = TrainedModel(model_id, model_id.partition(":")[0], "org/base", LoraSpec(), sequencer)
+    sequencer.on_gap = model.note_gap
+    return model
 
 
 async def _outcome(future: Future) -> Reply | Failure:
@@ -95,8 +100,8 @@ async def test_a_request_that_fails_uses_its_number_up(backend: Backend) -> None
 async def test_an_unforeseen_error_is_the_servers_and_ends_no_other_request(
     backend: Backend,
 ) -> None:
-    broken = backend.promise("a", "session", lambda: 1 // 0)  # type: ignore[arg-type, return-value]
-    after = backend.promise("b", "session", lambda: OK)
+    broken = backend.promise_model("s:train:0", lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+    after = backend.promise_model("s:train:1", lambda: OK)
 
     failure = await _outcome(broken)
     assert isinstance(failure, Failure)
@@ -120,6 +125,67 @@ async def test_a_resubmitted_request_meets_its_own_future_and_runs_once(backend:
 
     assert first is pending is finished
     assert runs == ["once"]
+
+
+async def test_a_number_that_never_comes_is_given_up_and_noted(backend: Backend) -> None:
+    model_id = _client(backend, gap_s=0.01)
+    model = backend.sessions.model(model_id)
+
+    async with asyncio.timeout(BOUND_S):
+        outcome = await _outcome(backend.promise_in_order(model_id, 2, lambda: OK))
+
+    assert outcome == OK
+    assert model.failed_backward == "request 1 of this client never reached the server"
+
+
+async def test_every_gap_is_given_up(backend: Backend) -> None:
+    model_id = _client(backend, gap_s=0.01)
+
+    promised = [backend.promise_in_order(model_id, seq_id, lambda: OK) for seq_id in (2, 4, 7)]
+
+    assert [await _outcome(future) for future in promised] == [OK, OK, OK]
+
+
+async def test_a_gap_is_noted_in_its_turn_and_not_before(backend: Backend) -> None:
+    model_id = _client(backend, gap_s=0.01)
+    model = backend.sessions.model(model_id)
+    is_given_up = threading.Event()
+    seen: dict[int, bool] = {}
+
+    def work(number: int) -> Reply:
+        if number == 1:  # the engine is busy while the event loop gives the 2 up
+            assert is_given_up.wait(BOUND_S)
+        seen[number] = model.failed_backward is not None
+        return OK
+
+    for number in (1, 3):
+        backend.promise_in_order(model_id, number, lambda n=number: work(n))
+    asyncio.get_running_loop().call_later(0.1, is_given_up.set)  # after the gap's 0.01 s
+    await _outcome(backend.promise_in_order(model_id, 4, lambda: OK))
+
+    assert seen == {1: False, 3: True}
+
+
+async def test_a_number_that_comes_after_it_was_given_up_fails(backend: Backend) -> None:
+    model_id = _client(backend, gap_s=0.01)
+    await _outcome(backend.promise_in_order(model_id, 2, lambda: OK))
+
+    late = await _outcome(backend.promise_in_order(model_id, 1, lambda: OK))
+
+    assert isinstance(late, Failure)
+    assert "seq_id 1" in late.error
+
+
+async def test_a_number_that_comes_in_time_is_not_given_up(backend: Backend) -> None:
+    model_id = _client(backend, gap_s=0.05)
+    second = backend.promise_in_order(model_id, 2, lambda: OK)
+    backend.promise_in_order(model_id, 1, lambda: OK)
+    await _outcome(second)
+
+    await asyncio.sleep(0.1)  # past the time at which the 1 would have been given up
+
+    assert backend.sessions.model(model_id).failed_backward is None
+    assert await _outcome(backend.promise_in_order(model_id, 3, lambda: OK)) == OK
 
 
 @pytest.mark.parametrize("seq_id", [0, -1])
@@ -195,7 +261,7 @@ async def test_finishing_a_session_frees_its_clients_on_the_engines_thread(
     model_id = _client(backend)
 
     backend.finish_session(model_id.partition(":")[0])
-    await _outcome(backend.promise("after", "another", lambda: OK))
+    await _outcome(backend.promise_model("another:train:0", lambda: OK))
 
     engine: Any = backend.engine
     assert engine.dropped == [(model_id, "engine")]
@@ -222,17 +288,15 @@ async def test_a_client_that_is_being_made_while_its_session_ends_is_freed(
     def create() -> Reply:
         is_running.set()
         assert may_end.wait(BOUND_S)
-        session.models[model_id] = TrainedModel(
-            model_id, session.session_id, "org/base", LoraSpec(), Sequencer(backend.scheduler)
-        )
+        session.models[model_id] = _trained(backend, model_id)
         return OK
 
-    backend.promise(f"{model_id}:0", session.session_id, create)
+    backend.promise_model(model_id, create)
     assert await asyncio.to_thread(is_running.wait, BOUND_S)
 
     backend.finish_session(session.session_id)
     may_end.set()
-    await _outcome(backend.promise("after", "another", lambda: OK))
+    await _outcome(backend.promise_model("another:train:0", lambda: OK))
 
     engine: Any = backend.engine
     assert [model for model, _ in engine.dropped] == [model_id]
