@@ -5,9 +5,11 @@ the `Layout` that came with the forward pass, since only that knows which token 
 sequences packed without padding (`PackedSequences`), or rows that each grow by one token
 (`sampler`).
 
-The forward pass is torch's own flash attention. Its backward pass on a CPU takes 20 % of a
-training step; the one here, plain matrix products over blocks of 128 queries, takes about two
-thirds of that for 256 to 512 tokens, and as long from 1,024 on (bfloat16, 9 heads of 64).
+torch's own flash attention takes 20 % of a training step on a CPU. For sequences of up to 128
+tokens, plain matrix products that keep the probabilities take a third to a half of its time. For
+longer ones the forward pass is torch's, and the backward pass here, matrix products over blocks of
+128 queries, takes about two thirds of torch's for 256 to 512 tokens, and as long from 1,024 on
+(bfloat16, 9 heads of 64).
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ NAME = "tinker_local"
 """What a model's config names as its attention implementation to be sent here."""
 
 _QUERIES_AT_ONCE = 128  # of 16 to 256, the fastest block of the backward pass
+
+_SHORT = 128  # queries
+_SCORES_KEPT = 2**18  # a head: 0.5 MB in bfloat16
 
 
 class Layout(Protocol):
@@ -162,20 +167,64 @@ def _causal(
     Returns:
         (B, heads, S, D).
     """
-    if q.device.type == "cpu" and q.requires_grad:
-        attend: Any = _CpuAttention.apply
+    if q.device.type == "cpu":  # without gradients too: the same numbers either way
+        is_short = q.shape[2] <= _SHORT and len(q) * q.shape[2] * k.shape[2] <= _SCORES_KEPT
+        attend: Any = (_ShortCpuAttention if is_short else _LongCpuAttention).apply
         return cast("torch.Tensor", attend(q, k, v, allowed, scale))
     return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scale, enable_gqa=True
     )
 
 
-class _CpuAttention(torch.autograd.Function):
-    """`_causal` with a backward pass that a CPU does fast.
+def _bias(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the scores: 0 where a query may see a key, else minus infinity."""
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf)
 
-    With P = exp(scale * q k^T - logsumexp), O = P v and a gradient G of O, row by row:
-    dv = P^T G, dS = P * (G v^T - sum(G * O)), dq = scale * dS k, dk = scale * dS^T q
-    (Dao 2023, FlashAttention-2, algorithm 2). The scores are computed again in float32.
+
+class _ShortCpuAttention(torch.autograd.Function):
+    """`_causal` for few queries: the probabilities are kept, (B, heads, S, L).
+
+    With P = softmax(scale * q k^T), in float32, O = P v and a gradient G of O, row by row:
+    dv = P^T G, dS = P * (G v^T - sum(G * O)), dq = scale * dS k, dk = scale * dS^T q.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        allowed: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        (batch, heads, queries, width), (key_heads, keys) = q.shape, k.shape[1:3]
+        if allowed is None:
+            allowed = torch.ones(queries, keys, dtype=torch.bool).tril()
+        rows = q.reshape(batch, key_heads, -1, width)  # (B, K, G * S, D)
+        scores = rows.float() @ (k.float() * scale).transpose(-1, -2)
+        scores = scores.view(batch, -1, queries, keys).add_(_bias(allowed, torch.float32))
+        p = scores.softmax(-1).to(q.dtype).view(batch, key_heads, -1, keys)
+        output = p @ v
+        ctx.save_for_backward(rows, k, v, output, p)
+        ctx.scale = scale
+        return output.view(q.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        rows, k, v, output, p = ctx.saved_tensors
+        some = gradient.reshape(rows.shape)
+        delta = (some.float() * output).sum(-1, keepdim=True)  # (B, K, G * S, 1)
+        dp = (some @ v.transpose(-1, -2)).float()
+        ds = dp.sub_(delta).mul_(p).mul_(ctx.scale).to(p.dtype)
+        dq, dk = ds @ k, ds.transpose(-1, -2) @ rows
+        return dq.view(gradient.shape), dk, p.transpose(-1, -2) @ some, None, None
+
+
+class _LongCpuAttention(torch.autograd.Function):
+    """`_causal` for many queries: the probabilities are computed again, in float32.
+
+    P = exp(scale * q k^T - logsumexp); the rest as in `_ShortCpuAttention` (Dao 2023,
+    FlashAttention-2, algorithm 2).
     """
 
     @staticmethod
@@ -188,9 +237,7 @@ class _CpuAttention(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         groups = q.shape[1] // k.shape[1]
-        bias = None
-        if allowed is not None:
-            bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
+        bias = None if allowed is None else _bias(allowed, q.dtype)
         output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q,
             k.repeat_interleave(groups, 1),

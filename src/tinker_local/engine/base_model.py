@@ -17,8 +17,10 @@ from tinker_local.engine.lora import Adapter, LoraLinear, wrap
 from tinker_local.errors import ModelFolderError, NotServedError
 from tinker_local.ops import BaseModelInfo
 
-_LOGITS_MAY_DIFFER = 0.02
-"""Relative, in the norm: twice what bfloat16 makes of 30 layers computed in another order."""
+_PROBE = "The river that flows through the capital of France is the Seine; that of England"
+
+_LOGITS_MAY_DIFFER = 0.1
+"""Relative, in the norm: four times what bfloat16 makes of 30 layers computed in another order."""
 
 
 class BaseModel:
@@ -41,23 +43,24 @@ class BaseModel:
             info.folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
         )
         self._causal_lm: Any = module.requires_grad_(False).eval().to(device)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(info.folder, local_files_only=True)
         expected = self._own_logits()
         module.config._attn_implementation = attention.NAME
         self.layers: Mapping[str, LoraLinear] = wrap(cast("nn.Module", module))
         head = module.get_output_embeddings()
         self.head: LoraLinear = head if isinstance(head, LoraLinear) else LoraLinear(head)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(info.folder, local_files_only=True)
         self._check_logits(expected)
 
     @torch.inference_mode()
     def _own_logits(self) -> torch.Tensor:
-        """Logits of a few tokens, (T, vocabulary), as transformers computes them."""
+        """Logits of the probe's tokens, (T, vocabulary), as transformers computes them."""
         logits: torch.Tensor = self._causal_lm(input_ids=self._probe.unsqueeze(0)).logits[0]
         return logits.float()
 
     @property
     def _probe(self) -> torch.Tensor:
-        return torch.arange(1, 17, device=self.device) % self.vocabulary
+        ids = self._tokenizer(_PROBE, add_special_tokens=False).input_ids[:16]
+        return torch.tensor(ids, device=self.device)
 
     @torch.inference_mode()
     def _check_logits(self, expected: torch.Tensor) -> None:
