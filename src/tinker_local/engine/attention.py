@@ -197,7 +197,7 @@ class _ShortCpuAttention(torch.autograd.Function):
         allowed: torch.Tensor | None,
         scale: float,
     ) -> torch.Tensor:
-        (batch, heads, queries, width), (key_heads, keys) = q.shape, k.shape[1:3]
+        (batch, _, queries, width), (key_heads, keys) = q.shape, k.shape[1:3]
         if allowed is None:
             allowed = torch.ones(queries, keys, dtype=torch.bool).tril()
         rows = q.reshape(batch, key_heads, -1, width)  # (B, K, G * S, D)

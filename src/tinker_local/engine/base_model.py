@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tinker_local.engine import attention, lora
 from tinker_local.engine.attention import Layout, PackedSequences
+from tinker_local.engine.decoding import Decoder, can_decode
 from tinker_local.engine.lora import Adapter, LoraLinear, wrap
 from tinker_local.errors import ModelFolderError, NotServedError
 from tinker_local.ops import BaseModelInfo
@@ -79,6 +81,13 @@ class BaseModel:
                 f"way that tinker-local does not know (relative difference {difference:.2g}).",
                 "Serve a model of the Llama, Qwen or SmolLM kind.",
             )
+
+    @cached_property
+    def decoder(self) -> Decoder | None:
+        """A faster way to the next token's logits; None where this model has none."""
+        if not can_decode(self._causal_lm, self.device):
+            return None
+        return Decoder(self._causal_lm, self.layers, self.head)
 
     @property
     def vocabulary(self) -> int:

@@ -74,11 +74,6 @@ class KeyValueCache:
         return layout
 
 
-def _no_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """A buffer without room, for rows like `tensor` (key-value heads, T, D)."""
-    return tensor.new_empty(0, tensor.shape[0], 0, tensor.shape[2])
-
-
 class NextTokens:
     """A row of R tokens, each the next one of a sequence whose keys and values are kept."""
 
@@ -101,20 +96,37 @@ class NextTokens:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """See `attention.Layout`; keeps the new keys and values."""
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
+        return self.attend_rows(layer, q, k, v, scale).transpose(0, 1).unsqueeze(0)
+
+    def attend_rows(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """The same with the rows first.
+
+        Args:
+            layer: Its index, 0 for the first.
+            q: Queries, (R, heads, D), rotated.
+            k: Keys, (R, key-value heads, D), rotated.
+            v: Values, like k.
+            scale: What the scores are multiplied by.
+
+        Returns:
+            (R, heads, D).
+        """
         keys, values = self._layers[layer]
-        count, heads, width = len(self._rows), q.shape[1], q.shape[3]
-        keys[self._rows, :, self._positions] = k[0].transpose(0, 1)
-        values[self._rows, :, self._positions] = v[0].transpose(0, 1)
+        count, heads, width = q.shape
+        keys[self._rows, :, self._positions] = k
+        values[self._rows, :, self._positions] = v
         if self._bias is None:
             self._bias = torch.zeros_like(self._allowed, dtype=q.dtype)
             self._bias.masked_fill_(~self._allowed, -torch.inf)
         # The query heads that share a key-value head stand where other tokens' queries would.
-        grouped = q[0].transpose(0, 1).reshape(count, k.shape[1], heads // k.shape[1], width)
         output = functional.scaled_dot_product_attention(
-            grouped,
+            q.reshape(count, k.shape[1], heads // k.shape[1], width),
             keys[:count, :, : self._seen],
             values[:count, :, : self._seen],
             attn_mask=self._bias,
             scale=scale,
         )
-        return output.reshape(count, heads, width).transpose(0, 1).unsqueeze(0)
+        return output.reshape(count, heads, width)

@@ -29,8 +29,6 @@ ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 UNEMBED_MODULES = ("lm_head",)
 
-_FEW_ROWS = 64
-
 
 @dataclass(frozen=True)
 class Factors:
@@ -63,7 +61,6 @@ class LoraLinear(nn.Module):
         self.base = base
         self.active: Factors | None = None
         self.scale = 1.0
-        self._packed: torch.Tensor | None = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -75,38 +72,14 @@ class LoraLinear(nn.Module):
         if torch.is_grad_enabled() and self.active is not None:
             train: Any = _AdaptedLinear.apply
             active, base = self.active, self.base
-            output = train(x, base.weight, base.bias, active.a, active.b, self.scale)
-            return cast("torch.Tensor", output)
-        output = self._base(x)
+            trained = train(x, base.weight, base.bias, active.a, active.b, self.scale)
+            return cast("torch.Tensor", trained)
+        output: torch.Tensor = self.base(x)
         if self.active is not None:
             low = functional.linear(x, self.active.a.to(x.dtype))  # (..., rank)
             rows, low_rows = output.flatten(0, -2), low.flatten(0, -2)
             rows.addmm_(low_rows, self.active.b.to(x.dtype).t(), alpha=self.scale)
         return output
-
-    def _base(self, x: torch.Tensor) -> torch.Tensor:
-        """The frozen layer; for a few rows on a CPU, with weights in the order it reads them.
-
-        oneDNN brings them into that order at every call, which for 1 to 32 rows takes up to as
-        long as the product (1.2x to 2.1x in all). The copy in that order is made once.
-        """
-        if torch.is_grad_enabled() or not _gains_by_packing(x):
-            return cast("torch.Tensor", self.base(x))
-        if self._packed is None:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.base.weight, _FEW_ROWS)
-        product = torch.ops.mkldnn._linear_pointwise(
-            x, self._packed, self.base.bias, "none", [], ""
-        )
-        return cast("torch.Tensor", product)
-
-
-def _gains_by_packing(x: torch.Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.bfloat16
-        and x.shape[:-1].numel() <= _FEW_ROWS
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    )
 
 
 def adapted_linear(

@@ -7,21 +7,27 @@ sequences takes less than twice as long as a step of one.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from tinker_local.engine import prompts
 from tinker_local.engine.base_model import BaseModel
-from tinker_local.engine.cache import KeyValueCache
+from tinker_local.engine.cache import KeyValueCache, NextTokens
 from tinker_local.engine.lora import Adapter
 from tinker_local.engine.picking import Choice, Picked, pick
 from tinker_local.ops import Sample, SampledSequence, SampleOutput, TokenScores
 
 _CACHE_BYTES = 2 * 2**30
 """What the keys and values of all sequences may take; further ones wait. One always may."""
+
+
+_NextLogits: TypeAlias = Callable[[torch.Tensor, NextTokens], torch.Tensor]
+"""From the last token of each row, (R,), to the scores of what follows, (R, vocabulary)."""
 
 
 @dataclass
@@ -63,6 +69,12 @@ class Sampler:
         self._requests: dict[str, _Request] = {}
         self._rows: list[_Row] = []  # in the order of the cache's rows
         self._cache = KeyValueCache()
+        decoder = model.decoder
+        self._next_logits: _NextLogits
+        if decoder is None:
+            self._next_logits = _by_modules(model, adapter)
+        else:
+            self._next_logits = partial(decoder.logits, adapter=decoder.prepared(adapter))
 
     @property
     def tickets(self) -> list[str]:
@@ -95,8 +107,10 @@ class Sampler:
         """
         with self._model.adapted(self._adapter):
             self._admit()
-            if self._rows:
-                self._advance()
+        if self._rows:
+            self._advance()
+        if not self._rows:
+            self._cache = KeyValueCache()  # its memory is another sampler's now
         finished = [r for r in self._requests.values() if len(r.done) == r.op.num_samples]
         return {request.ticket: self._result(request) for request in finished}
 
@@ -148,8 +162,7 @@ class Sampler:
         """Draw the next token of every row."""
         layout = self._cache.next_tokens(self._model.device)
         last = torch.tensor([row.tokens[-1] for row in self._rows], device=self._model.device)
-        logits = self._model.logits(self._model.hidden_states(last, layout))
-        going_on = self._extend(self._rows, logits)
+        going_on = self._extend(self._rows, self._next_logits(last, layout))
         kept = {id(row) for row in going_on}
         for row in [row for row in self._rows if id(row) not in kept]:
             self._remove(row)
@@ -190,6 +203,16 @@ class Sampler:
             prompt_alternatives=scores.alternatives,
             cached_tokens=request.cached_tokens,
         )
+
+
+def _by_modules(model: BaseModel, adapter: Adapter | None) -> _NextLogits:
+    """The next token's logits as transformers computes them."""
+
+    def logits(tokens: torch.Tensor, layout: NextTokens) -> torch.Tensor:
+        with model.adapted(adapter):
+            return model.logits(model.hidden_states(tokens, layout))
+
+    return logits
 
 
 def _note(rows: Sequence[_Row], picked: Picked) -> None:

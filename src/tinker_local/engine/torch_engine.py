@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from tinker_local.engine import checkpoints, gradients, lora, sample_checks
 from tinker_local.engine.base_model import BaseModel, context_length
@@ -26,8 +27,11 @@ from tinker_local.ops import (
     Slices,
 )
 
-_SAVED_ADAPTERS_KEPT = 4  # 45 MB each at rank 32 of a 135M-parameter model
+_SAMPLERS_KEPT = 5  # 60 MB each at rank 32 of a 135M-parameter model in bfloat16
 MAX_RANK = 512
+
+_Weights: TypeAlias = tuple[Path, int | None]
+"""A base model's folder and None, or that of a saved adapter and its version."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,7 @@ class TorchEngine:
         self.dtype = pick_dtype(dtype, self.device)
         self._bases: dict[Path, BaseModel] = {}
         self._trained: dict[str, _Trained] = {}
-        self._samplers: dict[tuple[str, int | None], Sampler] = {}
-        self._saved: OrderedDict[tuple[Path, int], lora.Adapter] = OrderedDict()
+        self._samplers: OrderedDict[_Weights, Sampler] = OrderedDict()  # least recently used first
 
     def base_models(self) -> Sequence[BaseModelInfo]:
         return list(self._infos.values())
@@ -107,22 +110,17 @@ class TorchEngine:
     def start_sample(self, ticket: str, op: Sample) -> None:
         base = self._base(op.weights.base_model)
         sample_checks.check(op, base)
-        adapter = self._adapter(op.weights, base)
-        key = (op.weights.base_model, None if adapter is None else id(adapter))
-        if key not in self._samplers:
-            self._samplers[key] = Sampler(base, adapter)
-        self._samplers[key].start(ticket, op)
+        self._sampler(op.weights, base).start(ticket, op)
 
     def continue_samples(self) -> Mapping[str, SampleOutput | Exception]:
         results: dict[str, SampleOutput | Exception] = {}
         for key, sampler in list(self._samplers.items()):
+            if sampler.is_idle:
+                continue
             try:
                 results |= sampler.step()
             except Exception as error:  # what goes wrong in a step goes wrong for all in it
                 results |= dict.fromkeys(sampler.tickets, error)
-                del self._samplers[key]
-                continue
-            if sampler.is_idle:
                 del self._samplers[key]
         return results
 
@@ -149,16 +147,18 @@ class TorchEngine:
             )
         return self._trained[model_id]
 
-    def _adapter(self, weights: SamplerWeights, base: BaseModel) -> lora.Adapter | None:
-        """The adapter to sample with; the least recently used ones are read from disk again."""
-        if isinstance(weights, BaseWeights):
-            return None
-        key = (weights.folder, checkpoints.version(weights.folder))
-        if key not in self._saved:
-            self._saved[key] = checkpoints.load_adapter(
-                weights.folder, base.layers, trainable=False
-            )
-        self._saved.move_to_end(key)
-        while len(self._saved) > _SAVED_ADAPTERS_KEPT:
-            self._saved.popitem(last=False)
-        return self._saved[key]
+    def _sampler(self, weights: SamplerWeights, base: BaseModel) -> Sampler:
+        """What draws with these weights; those out of use for long are read from disk again."""
+        key: _Weights = (base.info.folder, None)
+        if not isinstance(weights, BaseWeights):
+            key = (weights.folder, checkpoints.version(weights.folder))
+        if key not in self._samplers:
+            adapter = None
+            if key[1] is not None:
+                adapter = checkpoints.load_adapter(key[0], base.layers, trainable=False)
+            self._samplers[key] = Sampler(base, adapter)
+        self._samplers.move_to_end(key)
+        idle = [old for old, sampler in self._samplers.items() if sampler.is_idle and old != key]
+        for old in idle[: max(0, len(self._samplers) - _SAMPLERS_KEPT)]:
+            del self._samplers[old]
+        return self._samplers[key]

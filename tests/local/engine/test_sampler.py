@@ -216,6 +216,7 @@ def ended(model: Adapted, monkeypatch: pytest.MonkeyPatch) -> Adapted:
         return scores
 
     monkeypatch.setattr(model.base, "logits", logits)
+    monkeypatch.setattr(model.base, "decoder", None)
     return model
 
 

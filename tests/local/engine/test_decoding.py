@@ -1,0 +1,83 @@
+"""The decoder's logits against those of transformers' modules, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from engine_data import random_adapter
+
+from tinker_local.engine import prompts
+from tinker_local.engine.base_model import BaseModel
+from tinker_local.engine.cache import KeyValueCache
+from tinker_local.engine.lora import Adapter
+from tiny_data import tokens_of
+
+SOME = {
+    "all": ("self_attn", "mlp", "lm_head"),
+    "attention alone": ("self_attn",),
+    "mlp alone": ("mlp",),
+    "unembedding alone": ("lm_head",),
+    "queries and values": ("q_proj", "v_proj"),
+    "up alone": ("up_proj",),
+}
+
+
+def _only(adapter: Adapter, parts: tuple[str, ...]) -> Adapter:
+    factors = {
+        path: factors
+        for path, factors in adapter.factors.items()
+        if any(part in path.split(".") for part in parts)
+    }
+    assert factors
+    return replace(adapter, factors=factors)
+
+
+def _both(
+    model: BaseModel, adapter: Adapter | None, steps: int = 5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (steps, 3, vocabulary) by the decoder and by transformers' modules."""
+    assert model.decoder is not None
+    prepared = model.decoder.prepared(adapter)
+    ours, theirs = [], []
+    with torch.inference_mode(), model.adapted(adapter):
+        [prompt] = prompts.read([np.array(tokens_of("the cat"))], model)
+        caches = [KeyValueCache(), KeyValueCache()]
+        for cache in caches:
+            cache.append(prompt.layers, 3)
+        for step in range(steps):
+            tokens = torch.tensor([40 + step, 50 + step, 60])
+            ours.append(model.decoder.logits(tokens, caches[0].next_tokens(model.device), prepared))
+            hidden = model.hidden_states(tokens, caches[1].next_tokens(model.device))
+            theirs.append(model.logits(hidden))
+    return torch.stack(ours), torch.stack(theirs)
+
+
+@pytest.mark.parametrize("parts", SOME.values(), ids=SOME.keys())
+@pytest.mark.parametrize("rank", [4, 32, 48])
+def test_a_step_gives_the_logits_of_transformers_modules(
+    base_model: BaseModel, parts: tuple[str, ...], rank: int
+) -> None:
+    adapter = _only(random_adapter(base_model, rank=rank, deviation=0.2), parts)
+
+    ours, theirs = _both(base_model, adapter)
+
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+    without, _ = _both(base_model, None)
+    assert (ours - without).abs().max() > 1e-3, "the adapter changes nothing"
+
+
+def test_a_step_of_the_base_model_gives_the_logits_of_transformers_modules(
+    base_model: BaseModel,
+) -> None:
+    ours, theirs = _both(base_model, None)
+
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_in_bfloat16_it_is_as_close_as_rounding_allows(half_model: BaseModel) -> None:
+    ours, theirs = _both(half_model, random_adapter(half_model, deviation=0.2))
+
+    assert (ours - theirs).norm() / theirs.norm() < 0.02
