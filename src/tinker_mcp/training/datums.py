@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import tinker
 
 Reduction = Literal["none", "mean"]
+
+DatumKind = Literal["supervised", "text", "preference", "policy_gradient"]
+"""What a set of datums is for. Of `preference` the datums come in pairs: chosen, rejected, chosen ..."""
+
 _SHOWN_CHARACTERS = 1200
 
 
@@ -40,6 +44,7 @@ class DatumSet:
     truncated: int
     statistics: TokenStatistics
     example: str
+    kind: DatumKind = "supervised"
 
 
 @dataclass(frozen=True)
