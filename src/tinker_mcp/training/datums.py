@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Reduction = Literal["none", "mean"]
 
 DatumKind = Literal["supervised", "text", "preference", "policy_gradient"]
-"""What a set of datums is for. Of `preference` the datums come in pairs: chosen, rejected, chosen ..."""
+"""What datums are for. `preference` comes in pairs: chosen, rejected, chosen, rejected ..."""
 
 _SHOWN_CHARACTERS = 1200
 
