@@ -1,6 +1,6 @@
 """Speed and memory of our backend beside a plain transformers + peft loop, measured in one run.
 
-    python -m tests.benchmarks.engine                       all of it, 10 minutes on 2 cores
+    python -m tests.benchmarks.engine                       all of it, 11 minutes on 2 cores
     python -m tests.benchmarks.engine --only sft,sample     some
     python -m tests.benchmarks.engine --quick               does it work at all? a minute
 

@@ -32,9 +32,9 @@ Request = dict[str, Any]
 class PlainLoop:
     """A LoRA model, its optimizer, and the operations that are measured.
 
-    `has_autocast` trains under torch.autocast in bfloat16, as Trainer(bf16=True) does: 1.2x to
-    1.8x as fast as peft's default, which keeps the adapters of a bfloat16 model in float32 and
-    multiplies them so. `generate()` gains nothing from it (28 against 28 tokens/s).
+    `has_autocast` trains under torch.autocast in bfloat16, as Trainer(bf16=True) does, which is
+    faster than peft's default: that keeps the adapters of a bfloat16 model in float32 and
+    multiplies them so (`--plain-training default` measures it). `generate()` runs without it.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, *, has_autocast: bool) -> None:
