@@ -91,6 +91,11 @@ _state_dir = click.option(
     help="End after so many seconds without a client; 0 never.",
 )
 @click.option(
+    "--exit-with-stdin",
+    is_flag=True,
+    help="End when standard input has ended: when all who hold the other end of it are gone.",
+)
+@click.option(
     "--cycle-s",
     type=click.FloatRange(min=0, min_open=True),
     help="Simulate the hosted service's clock: pick training work up every so many seconds, one "
@@ -104,6 +109,7 @@ def serve(
     state_dir: Path,
     dtype: str,
     idle_exit_s: float,
+    exit_with_stdin: bool,
     cycle_s: float | None,
 ) -> None:
     """Serve until interrupted; prints one JSON line when ready.
@@ -125,6 +131,7 @@ def serve(
             idle_exit_s,
             aliases,
             cycle_s,
+            exit_with_stdin,
         )
     )
 

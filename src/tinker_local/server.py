@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from tinker_local import running, weights
+from tinker_local import lifeline, running, weights
 from tinker_local.errors import UserInputError
 
 if TYPE_CHECKING:  # both load torch
@@ -33,6 +33,7 @@ class ServeOptions:
     Attributes:
         aliases: NAME=MODEL each.
         cycle_s: Seconds between two ticks of the simulated clock; None runs work at once.
+        exits_with_stdin: Whether it ends when its standard input does.
     """
 
     models: Sequence[str]
@@ -43,6 +44,7 @@ class ServeOptions:
     idle_exit_s: float
     aliases: Sequence[str] = ()
     cycle_s: float | None = None
+    exits_with_stdin: bool = False
 
 
 def serve(options: ServeOptions) -> None:
@@ -56,6 +58,8 @@ def serve(options: ServeOptions) -> None:
     for alias in options.aliases:
         weights.split_alias(alias)  # fails here, not after a download
     with _claimed(options.state_dir):
+        if options.exits_with_stdin:
+            lifeline.end_with(0, lambda: running.withdraw(options.state_dir))
         listener = _bind(options.host, options.port)
         cache = weights.cache_dir()
         models = [

@@ -1,10 +1,18 @@
 """tinker_mcp: an MCP server that gives coding agents the whole of fine-tuning.
 
 ```
- coding agent (Claude Code, Codex, Cursor ...)
-     | MCP over stdio
- server/     what the agent sees: one file of tools a subject; boundary.py turns errors into text
+ coding agent (Claude Code, Codex, Cursor, VS Code ...)
+     | MCP: stdio or streamable HTTP
+ cli.py      argv -> one call      demo.py  an agent's whole job, through the tools
+ server/     what the agent sees
+   app.py       create_server: one lifespan, one table of tools
+   boundary.py  how a function becomes a tool; errors as text      schemas.py, reply_size.py,
+                progress.py  how little it costs the agent, and that it lives
+   tools/       one file a subject
+   prompts.py   resources.py   completions.py   docs.py (the manual, searched)
+   lifecycle.py (stdio, and the end)   http.py
  training/   the domain, on the tinker SDK and the cookbook: data, clients, loops, sampling
+ docs/       the manual's pages     prompts/ (in the wheel; at the repository's top)  workflows
  settings.py every environment variable, read once      errors.py  problem + next step
      | the real tinker SDK over HTTP  <- the only door to a backend
  tinker_local (started when it is needed)  or  hosted Tinker, by TINKER_API_KEY

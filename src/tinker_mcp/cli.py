@@ -12,7 +12,7 @@ import structlog
 
 from tinker_mcp import __version__
 from tinker_mcp.errors import TinkerMcpError
-from tinker_mcp.settings import Settings
+from tinker_mcp.settings import LogSettings, Settings
 
 if TYPE_CHECKING:
     from tinker_mcp.settings import BackendChoice
@@ -32,19 +32,40 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="tinker-mcp")
 def main() -> None:
     """Fine-tuning for coding agents: an MCP server on Tinker, with a local backend built in."""
-    # stdout belongs to the protocol.
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
-    structlog.configure(
-        # Not structlog's own choice, which prints local variables, the environment among them.
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
+    _log_to_stderr(LogSettings.from_environment(os.environ))
+
+
+def _log_to_stderr(log: LogSettings) -> None:
+    """Send structlog's lines and the libraries' to stderr; stdout belongs to the protocol."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso"),
+    ]
+    # Plain tracebacks: structlog's own choice prints local variables, the environment among them.
+    rendering: list[structlog.typing.Processor] = (
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        if log.format == "json"
+        else [
             structlog.dev.ConsoleRenderer(
                 colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-            ),
-        ],
+            )
+        ]
+    )
+    level = logging.getLevelNamesMapping()[log.level.upper()]
+    structlog.configure(
+        processors=[*shared, *rendering],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
+        )
+    )
+    # The libraries tell much at info.
+    logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING))
 
 
 _backend = click.option(
@@ -57,14 +78,79 @@ _backend = click.option(
 
 @main.command()
 @_backend
-def serve(backend: BackendChoice | None) -> None:
-    """Speak MCP over stdio; this is what a host starts."""
+@click.option(
+    "--root",
+    "roots",
+    multiple=True,
+    metavar="DIR",
+    help="A folder whose files an agent may name; may be repeated. Default: TINKER_MCP_ROOTS, "
+    "else the working directory.",
+)
+@click.option(
+    "--toolsets",
+    default=None,
+    metavar="NAMES",
+    help="Groups of tools to offer, separated by commas: setup, data, training, sampling, "
+    "checkpoints. Default: TINKER_MCP_TOOLSETS, else all.",
+)
+@click.option("--read-only", is_flag=True, help="Leave out all tools that change or spend.")
+@click.option("--http", "is_http", is_flag=True, help="Speak streamable HTTP instead of stdio.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="With --http: the address; another than loopback only with TINKER_MCP_TOKEN.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default=True,
+    help="With --http; 0 finds a free one.",
+)
+@click.option(
+    "--allowed-host",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="With --http: a name, without port, that requests may use for this machine besides the "
+    "address and loopback; may be repeated.",
+)
+def serve(
+    backend: BackendChoice | None,
+    roots: tuple[str, ...],
+    toolsets: str | None,
+    read_only: bool,
+    is_http: bool,
+    host: str,
+    port: int,
+    names: tuple[str, ...],
+) -> None:
+    """Speak MCP over stdio; this is what a host starts. With --http, over HTTP at /mcp.
+
+    It ends with its input or its parent, and at SIGINT and SIGTERM; so does the local backend that
+    nobody else uses.
+
+    Over HTTP, requests must carry the token in TINKER_MCP_TOKEN as `Authorization: Bearer`. Where
+    it is not set, one is made: the JSON line on stdout that says the url holds it, once.
+    """
+    parent = os.getppid()
     import anyio
 
     from tinker_mcp.server import create_server
 
-    settings = Settings.from_environment(os.environ, backend=backend)
-    anyio.run(create_server(settings).run_stdio_async)
+    settings = Settings.from_environment(
+        os.environ, backend=backend, roots=roots, toolsets=toolsets, read_only=read_only
+    )
+    server = create_server(settings)
+    if is_http:
+        from tinker_mcp.server.http import Address, serve_http
+
+        anyio.run(serve_http, server, Address(host, port, names), settings.http_token)
+    else:
+        from tinker_mcp.server.lifecycle import serve_stdio
+
+        anyio.run(serve_stdio, server, parent)
 
 
 @main.command()

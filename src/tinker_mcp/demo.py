@@ -189,7 +189,8 @@ async def _fine_tune(agent: Agent, steps: int, base_model: str | None) -> DemoRe
 @asynccontextmanager
 async def _connected(backend: BackendChoice) -> AsyncIterator[Client]:
     """An MCP client on a server of its own, whose log goes nowhere: errors come as replies."""
-    arguments = ["-m", "tinker_mcp", "serve", "--backend", backend]
+    folder = str(_conversations().parent)
+    arguments = ["-m", "tinker_mcp", "serve", "--backend", backend, "--root", folder]
     parameters = StdioServerParameters(command=sys.executable, args=arguments, env=dict(os.environ))
     with Path(os.devnull).open("w") as nowhere:  # noqa: ASYNC230 - a null device never blocks
         async with Client(stdio_client(parameters, errlog=nowhere)) as client:

@@ -44,8 +44,8 @@ def home(home_server: LocalServer) -> Path:
 
 
 @pytest.fixture
-def settings(home: Path) -> Settings:
-    return Settings(home=home)
+def settings(home: Path, tmp_path: Path) -> Settings:
+    return Settings(home=home, roots=(tmp_path,))
 
 
 @pytest.fixture

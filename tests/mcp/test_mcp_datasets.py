@@ -11,19 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinker_mcp.errors import InvalidInputError, NotFoundError, TinkerMcpError
-from tinker_mcp.training.datasets import (
-    Conversation,
-    Problem,
-    read_file,
-    read_inline,
-    refuse,
-    split,
-)
+from tinker_mcp.training import datasets
+from tinker_mcp.training.datasets import read_inline, split
+from tinker_mcp.training.formats import Conversation, Example
+from tinker_mcp.training.problems import Problem, refuse
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 GOOD = json.dumps({"messages": [USER, ASSISTANT]})
+
+
+def read_file(path: str | Path) -> tuple[list[Example], list[Problem]]:
+    return datasets.read_file(Path(path).expanduser(), str(path))
 
 
 def problem_of(row: Any) -> str:
@@ -63,9 +63,9 @@ def test_a_row_is_refused_with_its_place_and_reason(messages: Any, problem: str)
     assert problem in said
 
 
-def test_a_row_without_messages_says_which_keys_it_has() -> None:
-    assert "no \"messages\" in this dict with ['completion', 'prompt']" in problem_of(
-        {"prompt": "Hi", "completion": "Hello"}
+def test_a_row_of_no_known_layout_says_which_keys_it_has() -> None:
+    assert "no \"messages\" in this dict with ['answer', 'question']" in problem_of(
+        {"question": "Hi", "answer": "Hello"}
     )
 
 
@@ -121,7 +121,6 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     [
         (".", "is a folder"),
         ("/dev/zero", "is no regular file"),
-        ("~nobody-of-this-name/rows.jsonl", "cannot be read"),
         ("x" * 300, "cannot be read"),
     ],
 )

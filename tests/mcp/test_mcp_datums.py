@@ -9,15 +9,15 @@ import pytest
 from tinker_mcp.errors import InvalidInputError
 from tinker_mcp.training import rendering
 from tinker_mcp.training.backend import Backend
-from tinker_mcp.training.datasets import Conversation
 from tinker_mcp.training.datums import (
-    marked,
     measure,
     render,
     supervised_datum,
     trained_tokens,
     weight_sum,
 )
+from tinker_mcp.training.formats import Conversation
+from tinker_mcp.training.marking import marked
 
 if TYPE_CHECKING:
     import tinker

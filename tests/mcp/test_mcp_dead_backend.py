@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -12,11 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import tinker
 from agents import TINY, backends_of, in_memory, over_stdio
 
 from servers import LocalServer, start_server
+from tinker_mcp.errors import ClientLostError, RequestFailedError, TinkerMcpError
 from tinker_mcp.settings import Settings
+from tinker_mcp.training import proxies, sdk_errors, sdk_logs
 
 
 @pytest.fixture
@@ -118,8 +123,8 @@ async def test_a_bad_question_is_refused_before_weights_are_saved(settings: Sett
 async def test_two_servers_that_start_the_backend_at_once_share_one(own_home: Path) -> None:
     async with over_stdio(own_home) as one, over_stdio(own_home) as two:
         replies = await asyncio.gather(one.call("list_models"), two.call("list_models"))
+        assert len(backends_of(own_home)) == 1
     assert replies[0]["backend"] == replies[1]["backend"]
-    assert len(backends_of(own_home)) == 1
 
 
 async def test_a_backend_that_cannot_start_gives_its_reason(
@@ -202,3 +207,101 @@ def test_the_server_is_gone_when_its_input_ends(tmp_path: Path) -> None:
         check=False,
     )
     assert (process.returncode, process.stdout) == (0, b"")
+
+
+async def test_a_proxy_is_not_asked_for_what_is_on_this_machine(
+    home_server: LocalServer, home: Path, free_port: int
+) -> None:
+    nowhere = f"http://127.0.0.1:{free_port}"
+    dead_end = {"http_proxy": nowhere, "https_proxy": nowhere, "all_proxy": nowhere}
+    async with over_stdio(home, **dead_end, no_proxy="example.com") as agent:
+        await agent.new_client()
+    async with over_stdio(home, **dead_end, **home_server.env) as agent:
+        await agent.new_client()
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, "127.0.0.1,localhost,::1"),
+        ({"NO_PROXY": "b.com, a.com"}, "a.com,b.com,127.0.0.1,localhost,::1"),
+        ({"NO_PROXY": "a.com", "no_proxy": "localhost"}, "localhost,127.0.0.1,::1"),
+        ({"no_proxy": "*"}, "*"),
+    ],
+)
+def test_this_machine_is_added_to_what_needs_no_proxy(
+    environ: dict[str, str], expected: str
+) -> None:
+    proxies.bypass_on_loopback(environ)
+    assert environ["no_proxy"] == expected
+    proxies.bypass_on_loopback(environ)
+    assert environ["no_proxy"] == expected
+
+
+_AROUND = " for self.request_id='7-3' and expected type self.model_cls=<class 'Output'>"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (f"Request failed: rank 4096 is over 512{_AROUND}", "rank 4096 is over 512."),
+        (f"Request failed: Not now!{_AROUND}", "Not now!"),
+        ("Request failed: for self.evident reasons", "for self.evident reasons."),
+    ],
+)
+def test_a_failed_request_is_told_in_the_backends_own_words(said: str, told: str) -> None:
+    error = tinker.RequestFailedError(
+        said, request_id="7-3", category=tinker.types.RequestErrorCategory.User
+    )
+    with pytest.raises(RequestFailedError) as raised, sdk_errors.told():
+        raise error
+    assert raised.value.problem == told
+
+
+def _refusal(status: int, body: object) -> tinker.APIStatusError:
+    request = httpx.Request("POST", "http://127.0.0.1/api/v1/forward")
+    text = f"Error code: {status} - {body}"
+    return tinker.APIStatusError(text, response=httpx.Response(status, request=request), body=body)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (400, {"detail": "No such loss."}, "No such loss (HTTP 400)."),
+        (
+            422,
+            {"detail": [{"loc": ["body", "rank"], "msg": "too high"}]},
+            "body.rank: too high (HTTP 422).",
+        ),
+        (404, {"detail": "No run 'x'."}, "No run 'x'."),
+        (502, "<html>Bad gateway</html>", "The backend refused the request (HTTP 502)."),
+    ],
+)
+def test_a_refused_request_is_told_without_its_wrapping(
+    status: int, body: object, told: str
+) -> None:
+    with pytest.raises(TinkerMcpError) as raised, sdk_errors.told():
+        raise _refusal(status, body)
+    assert raised.value.problem == told
+
+
+def test_an_answer_that_the_sdk_wrapped_twice_is_unwrapped() -> None:
+    answer = _refusal(404, {"detail": "No request 7-3."})
+    said = f"Error retrieving result: {answer} with status 404{_AROUND}"
+    with pytest.raises(ClientLostError) as raised, sdk_errors.told():
+        raise ValueError(said) from answer
+    assert raised.value.problem == "No request 7-3."
+
+
+def test_the_sdk_tells_once_a_session_that_its_heartbeats_fail(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sdk_logs.tell_lost_heartbeats_once()
+    sdk_logs.tell_lost_heartbeats_once()
+    logger = logging.getLogger("tinker.lib.internal_client_holder")
+    for session in ("one", "one", "two", "one"):
+        logger.warning(
+            "Session heartbeat failed for 130 seconds for session %s. Last exception: x.", session
+        )
+    logger.warning("Something else")
+    assert len(caplog.messages) == 3

@@ -17,6 +17,7 @@ from tinker_mcp.settings import Settings
         ("TINKER_MCP_BACKEND", "hosted", "backend", "hosted"),
         ("TINKER_BASE_URL", "http://127.0.0.1:8000/", "base_url", "http://127.0.0.1:8000"),
         ("TINKER_API_KEY", "tml-secret", "api_key", "tml-secret"),
+        ("TINKER_MCP_TOKEN", "sixteen-or-more-x", "http_token", "sixteen-or-more-x"),
         ("TINKER_MCP_HOME", "/some/home", "home", Path("/some/home")),
         ("TINKER_LOCAL_CACHE", "~/models", "local_cache", Path.home() / "models"),
     ],
@@ -28,7 +29,7 @@ def test_each_variable_sets_one_field(name: str, value: str, field: str, expecte
 
 
 def test_an_empty_variable_counts_as_unset() -> None:
-    names = ("MCP_BACKEND", "BASE_URL", "API_KEY", "MCP_HOME", "LOCAL_CACHE")
+    names = ("MCP_BACKEND", "BASE_URL", "API_KEY", "MCP_HOME", "LOCAL_CACHE", "MCP_TOKEN")
     empty = {f"TINKER_{name}": "" for name in names}
     assert Settings.from_environment(empty) == Settings.from_environment({})
 
@@ -83,3 +84,10 @@ def test_a_key_that_only_the_sdk_finds_serves_the_hosted_backend_but_does_not_ch
     assert stored.has_api_key
     assert by_command.has_api_key
     assert stored.is_local
+
+
+@pytest.mark.parametrize("token", ["too-short", "with a blank in it", "sixteen-or-more-ü"])
+def test_a_token_that_cannot_stand_in_a_header_is_refused_and_not_repeated(token: str) -> None:
+    with pytest.raises(InvalidInputError, match="TINKER_MCP_TOKEN") as refused:
+        Settings.from_environment({"TINKER_MCP_TOKEN": token})
+    assert token not in str(refused.value)

@@ -116,9 +116,10 @@ async def test_what_is_not_finite_is_told_in_valid_json(settings: Settings) -> N
         data_id = (await agent.new_data())["data_id"]
         client_id = await agent.new_client()
         on: dict[str, Any] = {"client_id": client_id, "data_id": data_id}
-        await agent.call("forward_backward", **on, optim={"learning_rate": 1e30})
+        reckless = {"learning_rate": 10, "weight_decay": 1e30}  # a step is a factor of -1e31
+        await agent.call("forward_backward", **on, optim=reckless)
         scored = await agent.call("forward_backward", **on, forward_only=True)
-        said = await agent.error("train", **on, steps=2, batch_size=2, learning_rate=1e30)
+        said = await agent.error("train", **on, steps=2, batch_size=2, learning_rate=10)
         unusable = await agent.error("sample", client_id=client_id, prompt="Hi")
     assert "these weights have diverged" in unusable
     assert "diverged" in scored["next_step"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,8 +38,18 @@ async def test_every_tool_has_what_a_host_shows() -> None:
 
 async def test_every_object_of_arguments_takes_no_others() -> None:
     for tool in await listed():
-        schemas = [tool.input_schema, *tool.input_schema.get("$defs", {}).values()]
-        assert [schema["additionalProperties"] for schema in schemas] == [False] * len(schemas)
+        for schema in objects(tool.input_schema):
+            assert schema["additionalProperties"] is False, tool.name
+
+
+def objects(schema: Any) -> Iterator[dict[str, Any]]:
+    """The schemas of objects with named arguments, nested ones too."""
+    inner = schema.values() if isinstance(schema, dict) else schema
+    if isinstance(schema, dict) and isinstance(schema.get("properties"), dict):
+        yield schema
+    for value in inner:
+        if isinstance(value, dict | list):
+            yield from objects(value)
 
 
 async def test_every_reply_ends_with_the_next_step() -> None:
@@ -51,7 +62,24 @@ async def test_the_tools_are_those_of_the_table() -> None:
 
 async def test_only_the_reading_tools_are_read_only() -> None:
     reading = [tool.name for tool in await listed() if tool.annotations.read_only_hint]
-    assert reading == ["check_setup", "list_models", "list_checkpoints"]
+    assert reading == [
+        "check_setup",
+        "list_models",
+        "search_docs",
+        "inspect_dataset",
+        "list_clients",
+        "list_checkpoints",
+    ]
+
+
+async def test_check_setup_tells_whether_the_memory_is_enough(settings: Settings) -> None:
+    async with in_memory(settings) as agent:
+        found = await agent.call("check_setup")
+    if found["free_memory_bytes"] is None:  # only Linux tells
+        assert found["is_memory_enough"] is None
+    else:
+        assert found["free_memory_bytes"] > 2**20
+        assert found["is_memory_enough"] == (found["free_memory_bytes"] >= 2 * 2**30)
 
 
 async def test_text_and_structure_say_the_same_and_stay_short(settings: Settings) -> None:
@@ -101,7 +129,8 @@ async def test_no_reply_and_no_file_shows_the_key(settings: Settings, home_serve
     ("tool", "arguments", "said"),
     [
         ("list_checkpoints", {"limt": 3}, "unknown argument 'limt'; did you mean 'limit'?"),
-        ("list_models", {"x": 1}, "unknown argument 'x'"),
+        ("list_models", {"x": 1}, "unknown argument 'x'; it takes no arguments."),
+        ("search_docs", {"query": "x", "limit": 11}, "limit=11: Input should be less than"),
         ("optim_step", {"client_id": "client-1"}, "the argument 'learning_rate' is missing"),
         (
             "optim_step",

@@ -14,13 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinker_mcp.settings import Settings
-from tinker_mcp.training.backend import Backend
-from tinker_mcp.training.datasets import Conversation
+from tinker_mcp.training.backend import Backend, BackendConnector
+from tinker_mcp.training.clients import NewClient, OpenClient, Workspace
 from tinker_mcp.training.datums import render
+from tinker_mcp.training.formats import Conversation
 from tinker_mcp.training.loop import TrainLoop, TrainPlan, batch_of
+from tinker_mcp.training.objectives import BackendLoss
+from tinker_mcp.training.order import Work, submitted_in_turn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     import tinker
 
@@ -62,11 +65,13 @@ class Watched:
         self.record: list[str] = []
         self._third_is_submitted = asyncio.Event()
 
-    def forward_backward(self, batch: Any, loss_fn: Any) -> Answering:
+    def forward_backward(self, batch: Any, loss_fn: Any, config: Any) -> Answering:
         self.record.append("forward_backward")
         if self.record.count("forward_backward") == 3:
             self._third_is_submitted.set()
-        return Answering(self._client.forward_backward(batch, loss_fn), "answered", self.record)
+        return Answering(
+            self._client.forward_backward(batch, loss_fn, config), "answered", self.record
+        )
 
     def optim_step(self, adam: Any) -> Answering:
         self.record.append("optim_step")
@@ -103,7 +108,7 @@ def loop_of(client: Any, tiny: ModelRenderer, steps: int) -> TrainLoop:
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     datums = render([Conversation("line 1", talk)] * 4, tiny, "all_tokens", 99, "none").datums
     plan = TrainPlan("data-1", steps, 2, tinker.AdamParams(learning_rate=1e-3), "cross_entropy", 0)
-    return TrainLoop(plan, datums, client)
+    return TrainLoop(plan, datums, client, BackendLoss("cross_entropy", {}))
 
 
 async def ignore(_: object) -> None:
@@ -177,6 +182,86 @@ async def test_other_arguments_are_another_loop(settings: Settings) -> None:
         second = await agent.train(client_id, data_id, seed=1)
     assert (first["steps_done"], second["steps_done"]) == (3, 3)
     assert (first["client_step"], second["client_step"]) == (3, 6)
+
+
+async def test_a_finished_plan_is_not_trained_again(settings: Settings) -> None:
+    async with in_memory(settings) as agent:
+        data_id = (await agent.new_data())["data_id"]
+        client_id = await agent.new_client()
+        first = await agent.train(client_id, data_id)
+        repeat = await agent.train(client_id, data_id)
+        other = await agent.train(client_id, data_id, seed=1)
+    assert (first["client_step"], repeat["client_step"], other["client_step"]) == (3, 3, 6)
+    assert repeat["losses"] == first["losses"]
+    assert "This plan was finished before; this call trained nothing" in repeat["next_step"]
+    assert "another seed, such as 1" in repeat["next_step"]
+
+
+async def test_calls_that_come_together_are_submitted_in_order_without_waiting(
+    settings: Settings,
+) -> None:
+    async with in_memory(settings) as agent:
+        data_id = (await agent.new_data())["data_id"]
+        by_turns, together = await agent.new_client(), await agent.new_client()
+        calls: list[tuple[str, dict[str, Any]]] = [
+            ("forward_backward", {"data_id": data_id, "optim": {"learning_rate": 1e-2}}),
+            ("forward_backward", {"data_id": data_id, "limit": 2}),
+            ("optim_step", {"learning_rate": 3e-3}),
+            ("forward_backward", {"data_id": data_id, "forward_only": True}),
+            ("forward_backward", {"data_id": data_id, "optim": {"learning_rate": 1e-3}}),
+            ("forward_backward", {"data_id": data_id, "forward_only": True}),
+        ]
+        one_by_one = [await agent.call(tool, client_id=by_turns, **asked) for tool, asked in calls]
+        at_once = await asyncio.gather(
+            *(agent.call(tool, client_id=together, **asked) for tool, asked in calls)
+        )
+    losses = [[reply.get("loss") for reply in replies] for replies in (one_by_one, at_once)]
+    assert losses[0] == losses[1]
+
+
+async def test_the_second_call_is_submitted_before_the_first_is_answered(
+    settings: Settings,
+) -> None:
+    workspace = Workspace(BackendConnector(settings))
+    try:
+        client = await opened(workspace)
+        record: list[str] = []
+        all_are_submitted, may_answer = asyncio.Event(), asyncio.Event()
+
+        def work(name: str) -> Callable[[OpenClient], Awaitable[Work[str]]]:
+            async def start() -> str:
+                record.append(f"{name} submitted")
+                if name == "c":
+                    all_are_submitted.set()
+                await may_answer.wait()
+                return name
+
+            async def prepare(client: OpenClient) -> Work[str]:
+                return Work(client.unfinished, name, start)
+
+            return prepare
+
+        deadline = time.monotonic() + 10
+        calls = [
+            asyncio.create_task(
+                submitted_in_turn(workspace, client.client_id, deadline, work(name))
+            )
+            for name in "abc"
+        ]
+        await asyncio.wait_for(all_are_submitted.wait(), 10)
+        may_answer.set()
+        assert await asyncio.gather(*calls) == ["a", "b", "c"]
+        assert record == ["a submitted", "b submitted", "c submitted"]
+    finally:
+        await workspace.close()
+
+
+async def opened(workspace: Workspace) -> OpenClient:
+    for _ in range(20):
+        client = await workspace.create(NewClient(TINY, None, 4, 0, True, True, True, True))
+        if client is not None:
+            return client
+    raise AssertionError("no client was opened")
 
 
 async def test_the_same_train_called_twice_at_once_takes_its_steps_once(

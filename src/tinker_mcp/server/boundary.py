@@ -9,16 +9,21 @@ import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import structlog
 from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
 from mcp.server.mcpserver.tools import Tool
 from mcp.server.mcpserver.utilities.func_metadata import ArgModelBase
-from mcp_types import ToolAnnotations
-from pydantic import ConfigDict, ValidationError, create_model
+from mcp_types import CallToolResult, ToolAnnotations
+from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from tinker_mcp.errors import TinkerMcpError
+from tinker_mcp.server.progress import LiveContext, signs_of_life
+from tinker_mcp.server.reply_size import fitted
+from tinker_mcp.server.schemas import short_input, short_output
+from tinker_mcp.training import recovery
 
 log = structlog.get_logger()
 
@@ -27,27 +32,45 @@ MAX_ERROR_CHARACTERS = 1500
 
 @dataclass(frozen=True)
 class ToolSpec:
-    """A function and what hosts are told of it beside its docstring and types."""
+    """A function and what hosts are told of it beside its docstring and types.
+
+    Attributes:
+        toolset: The group that `--toolsets` selects it by.
+    """
 
     fn: Callable[..., Any]
     title: str
     annotations: ToolAnnotations
+    toolset: str
 
 
-def reads(fn: Callable[..., Any], title: str) -> ToolSpec:
-    """A tool that changes nothing."""
+def reads(fn: Callable[..., Any], title: str, *, toolset: str | None = None) -> ToolSpec:
+    """A tool that changes nothing and spends nothing."""
     hints = ToolAnnotations(
         read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=True
     )
-    return ToolSpec(fn, title, hints)
+    return ToolSpec(fn, title, hints, toolset or _room(fn))
 
 
-def changes(fn: Callable[..., Any], title: str) -> ToolSpec:
-    """A tool that creates or trains something, and destroys nothing."""
+def changes(fn: Callable[..., Any], title: str, *, toolset: str | None = None) -> ToolSpec:
+    """A tool that creates, trains or spends something, and destroys nothing."""
     hints = ToolAnnotations(
         read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=True
     )
-    return ToolSpec(fn, title, hints)
+    return ToolSpec(fn, title, hints, toolset or _room(fn))
+
+
+def destroys(fn: Callable[..., Any], title: str, *, toolset: str | None = None) -> ToolSpec:
+    """A tool that can delete what cannot be made again."""
+    hints = ToolAnnotations(
+        read_only_hint=False, destructive_hint=True, idempotent_hint=False, open_world_hint=True
+    )
+    return ToolSpec(fn, title, hints, toolset or _room(fn))
+
+
+def _room(fn: Callable[..., Any]) -> str:
+    """The module of `tools/` that it stands in, which is its group where nothing else is said."""
+    return fn.__module__.rpartition(".")[2]
 
 
 class _Strict(ArgModelBase):
@@ -57,22 +80,26 @@ class _Strict(ArgModelBase):
 
 
 class StrictTool(Tool):
-    """A tool that refuses unknown arguments and explains its errors."""
+    """A tool that refuses unknown arguments, shows that it lives and explains its errors."""
+
+    replies: Path | None = Field(default=None, exclude=True)
 
     @classmethod
-    def of(cls, spec: ToolSpec) -> Tool:
-        """Make the tool of a specification."""
+    def of(cls, spec: ToolSpec, replies: Path) -> Tool:
+        """Make the tool of a specification; `replies` is the folder for what is too long."""
         tool = cls.from_function(
             spec.fn,
             title=spec.title,
-            description=inspect.getdoc(spec.fn),
+            description=_unwrapped(inspect.getdoc(spec.fn) or ""),
             annotations=spec.annotations,
         )
         loose = tool.fn_metadata.arg_model
         strict = create_model(loose.__name__, __base__=(_Strict, loose), __doc__=loose.__doc__)
         tool.fn_metadata.arg_model = strict  # type: ignore[assignment]  # mypy infers a local type
-        tool.parameters = strict.model_json_schema(by_alias=True)
-        return tool
+        tool.parameters = short_input(strict.model_json_schema(by_alias=True))
+        schema = tool.fn_metadata.output_schema
+        tool.fn_metadata.output_schema = short_output(schema) if schema else None
+        return tool.model_copy(update={"replies": replies})
 
     async def run(
         self, arguments: dict[str, Any], context: Any, convert_result: bool = False
@@ -81,10 +108,16 @@ class StrictTool(Tool):
             validated = self.fn_metadata.validate_arguments(arguments)
         except ValidationError as error:
             raise ToolError(self._explain(error)) from error
-        extra = {self.context_kwarg: context} if self.context_kwarg else {}
+        live = LiveContext.of(context)
+        extra = {self.context_kwarg: live} if self.context_kwarg else {}
         try:
-            result = await self.fn_metadata.call_fn(self.fn, self.is_async, validated, extra)
-            return self.fn_metadata.convert_result(result) if convert_result else result
+            async with signs_of_life(live, self.name):
+                with recovery.notes() as notes:
+                    result = await self.fn_metadata.call_fn(
+                        self.fn, self.is_async, validated, extra
+                    )
+            result = _with_notes(result, notes)
+            return self._reply(result) if convert_result else result
         except TinkerMcpError as error:
             raise ToolError(told(error)) from error
         except Exception as error:
@@ -95,11 +128,28 @@ class StrictTool(Tool):
                 "Call check_setup, then try again."
             ) from error
 
+    def _reply(self, result: Any) -> Any:
+        converted = self.fn_metadata.convert_result(result)
+        if self.replies is None or not isinstance(converted, CallToolResult):
+            return converted
+        return fitted(converted, self.name, self.replies)
+
     def _explain(self, error: ValidationError) -> str:
-        lines = [
-            _problem(item, _properties(self.parameters, item["loc"])) for item in error.errors()
-        ]
+        schema = self.fn_metadata.arg_model.model_json_schema(by_alias=True)
+        lines = [_problem(item, _properties(schema, item["loc"])) for item in error.errors()]
         return _cut(f"invalid_input: {self.name}: " + "; ".join(lines), MAX_ERROR_CHARACTERS)
+
+
+def _with_notes(result: Any, notes: list[str]) -> Any:
+    """The reply, its next step preceded by what else has happened in this call."""
+    if not notes:
+        return result
+    return result.model_copy(update={"next_step": " ".join([*notes, result.next_step])})
+
+
+def _unwrapped(docstring: str) -> str:
+    """Its paragraphs, each in one line."""
+    return "\n".join(" ".join(part.split()) for part in docstring.split("\n\n"))
 
 
 def told(error: TinkerMcpError) -> str:
@@ -120,7 +170,8 @@ def _problem(item: Any, known: list[str]) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}."
+        takes = f"it takes {', '.join(known) or 'no arguments'}."
+        hint = f"did you mean {close[0]!r}?" if close else takes
         return f"unknown argument {name!r}; {hint}"
     if item["type"] == "missing":
         return f"the argument {name!r} is missing."

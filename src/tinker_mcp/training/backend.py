@@ -2,7 +2,7 @@
 
 The local one is a process of its own, `python -m tinker_local serve`, shared by all processes of
 a user through the note `server.json` that it keeps in its state directory. It ends by itself when
-nobody has used it for a while.
+the last process that used it is gone (`lifeline`), or when nobody has asked it for a while.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
-import httpx
 import structlog
 
 from tinker_mcp.errors import (
@@ -30,6 +29,11 @@ from tinker_mcp.errors import (
     InvalidInputError,
 )
 from tinker_mcp.settings import HOSTED_URL, LOCAL_IDLE_EXIT_S, Settings
+from tinker_mcp.training import proxies, sdk_logs
+from tinker_mcp.training.lifeline import Lifeline, reading_end
+
+if TYPE_CHECKING:
+    import httpx  # 40 ms, of which the first call has more to spare than `initialize`
 
 log = structlog.get_logger()
 
@@ -49,7 +53,7 @@ class Backend:
     """
 
     kind: Literal["local", "hosted"]
-    base_url: str
+    base_url: str = field(repr=False)  # it may hold a password
     api_key: str | None = field(repr=False)
     hub_cache: Path | None = None
     pid: int | None = None
@@ -57,7 +61,13 @@ class Backend:
     @property
     def label(self) -> str:
         """How replies name it."""
-        return f"{self.kind} ({urlsplit(self.base_url).netloc})"
+        place = urlsplit(self.base_url).netloc.rpartition("@")[2]  # a password may stand before
+        return f"{self.kind} ({place})"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether it is on this machine."""
+        return proxies.is_loopback(urlsplit(self.base_url).hostname or "")
 
     async def is_healthy(self) -> bool:
         """Whether it answers within HEALTH_TIMEOUT_S. Any answer below 500 counts."""
@@ -69,6 +79,8 @@ class Backend:
         BackendGoneError where nothing accepts a connection; a backend that accepts one and stays
         silent may only be busy.
         """
+        import httpx
+
         try:
             async with self._http() as http:
                 answer = await http.get(f"{self.base_url}/api/v1/healthz")
@@ -94,6 +106,8 @@ class Backend:
 
         With a key that only the SDK can find, no more is asked than whether the backend answers.
         """
+        import httpx
+
         if self.api_key is None:
             return None if await self.is_healthy() else "no answer"
         headers = {"X-API-Key": self.api_key}
@@ -108,10 +122,12 @@ class Backend:
         return None if answer.is_success else f"HTTP {answer.status_code}"
 
     def _http(self) -> httpx.AsyncClient:
-        # Loading certificates takes 20 ms, and plain loopback needs neither them nor a proxy.
+        import httpx
+
+        # Loading certificates takes 20 ms, which plain HTTP does not need; nor loopback a proxy.
         is_plain = self.base_url.startswith("http://")
         return httpx.AsyncClient(
-            timeout=HEALTH_TIMEOUT_S, verify=not is_plain, trust_env=not is_plain
+            timeout=HEALTH_TIMEOUT_S, verify=not is_plain, trust_env=not self.is_loopback
         )
 
 
@@ -123,6 +139,11 @@ class BackendConnector:
         self._environ = environ
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = anyio.Lock()
+        self._lifeline = Lifeline(settings.local_state_dir)
+
+    def close(self) -> None:
+        """Let the local backend end, if nobody else uses it."""
+        self._lifeline.let_go()
 
     def running(self) -> Backend | None:
         """The backend as far as it is known without starting anything."""
@@ -138,7 +159,12 @@ class BackendConnector:
             BackendUnreachableError: It does not answer, or cannot be started.
             InvalidInputError: The hosted service is meant but no key is set.
         """
+        if self.settings.is_local:
+            self._lifeline.hold()  # first: what is seen to answer below shall not end after it
         backend = self.running()
+        sdk_logs.tell_lost_heartbeats_once()
+        if backend is not None and backend.is_loopback:
+            proxies.bypass_on_loopback(os.environ)
         if not self.settings.is_local and not self.settings.has_api_key:
             raise InvalidInputError(
                 "TINKER_API_KEY is not set, and the hosted backend needs it.",
@@ -165,8 +191,10 @@ class BackendConnector:
                         next_step="Set TINKER_MCP_HOME to a folder that can be written, restart.",
                     ) from error
         while time.monotonic() < deadline:
+            self._lifeline.hold()  # another process may have been the one to start it
             backend = self._noted()
             if backend is not None and await backend.is_healthy():
+                proxies.bypass_on_loopback(os.environ)
                 return backend
             if self._process.poll() not in (None, 0) and not self._another_has_it():
                 raise BackendUnreachableError(
@@ -183,16 +211,18 @@ class BackendConnector:
         folder = self.settings.local_state_dir
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         command = [sys.executable, "-m", "tinker_local", "serve", "--state-dir", str(folder)]
-        command += ["--idle-exit-s", str(LOCAL_IDLE_EXIT_S)]
+        command += ["--idle-exit-s", str(LOCAL_IDLE_EXIT_S), "--exit-with-stdin"]
         environ = {**self._environ, "TINKER_LOCAL_CACHE": str(self.settings.local_cache)}
-        environ.pop("TINKER_API_KEY", None)  # the hosted service's is no business of this one
+        for secret in ("TINKER_API_KEY", "TINKER_MCP_TOKEN"):  # no business of this one
+            environ.pop(secret, None)
         log.info("starting_local_backend", state_dir=str(folder))
-        with self._log().open("wb") as output:
+        with self._log().open("wb") as output, os.fdopen(reading_end(folder), "rb") as users:
+            self._lifeline.hold()
             # Not stdout: its ready line carries the key. The note has it, for its owner only.
             return subprocess.Popen(
                 command,
                 env=environ,
-                stdin=subprocess.DEVNULL,
+                stdin=users,
                 stdout=subprocess.DEVNULL,
                 stderr=output,
                 start_new_session=True,

@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import anyio.to_thread
 
 from tinker_mcp.errors import (
     BackendGoneError,
+    BackendStartingError,
     BackendUnreachableError,
     ClientLostError,
     NotFoundError,
+    RequestFailedError,
 )
-from tinker_mcp.training import sdk_errors
+from tinker_mcp.training import recovery, sdk_errors
 from tinker_mcp.training.backend import Backend, BackendConnector
 from tinker_mcp.training.datums import DatumSet
+from tinker_mcp.training.groups import Group
 from tinker_mcp.training.loop import TrainLoop
 from tinker_mcp.training.waiting import Turns, Unfinished
 
@@ -29,38 +32,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _CLOSE_LIMIT_S = 2.0
-
-
-@dataclass
-class OpenClient:
-    """A training client of this process.
-
-    Attributes:
-        step: optim_steps submitted so far; 0 when it was opened, from a checkpoint too.
-        loops: Unfinished `train` calls by their arguments.
-        sampler: The newest sampling client and the step its weights are of.
-    """
-
-    client_id: str
-    backend: Backend
-    base_model: str
-    rank: int
-    tinker_client: tinker.TrainingClient
-    step: int = 0
-    last_checkpoint: str | None = None
-    unfinished: Turns = field(default_factory=Turns)
-    loops: dict[Any, TrainLoop] = field(default_factory=dict)
-    sampler: tuple[int, tinker.SamplingClient] | None = None
-
-    @contextlib.contextmanager
-    def counting_step(self) -> Iterator[None]:
-        """Count a step from its submission on, unless it fails in this block."""
-        self.step += 1
-        try:
-            yield
-        except BaseException:
-            self.step -= 1
-            raise
 
 
 @dataclass(frozen=True)
@@ -76,6 +47,94 @@ class NewClient:
     train_unembed: bool
     load_optimizer: bool
 
+    def from_state(self, checkpoint: str) -> NewClient:
+        """The same client from a state it saved; from the one it began with, as it began."""
+        if checkpoint == self.checkpoint:
+            return self
+        return replace(self, base_model=None, checkpoint=checkpoint, load_optimizer=True)
+
+
+@dataclass
+class OpenClient:
+    """A training client of this process, in a session of its own, which ends with it.
+
+    Attributes:
+        origin: What it was opened from.
+        step: optim_steps submitted so far; 0 when it was opened, from a checkpoint too.
+        pending_gradients: forward_backwards since the last optim_step.
+        last_checkpoint: The state it would be recreated from, saved at `saved_at_step`.
+        lost_because: Why it accepts no more requests, once that is known.
+        loops: `train` calls by their arguments, unfinished and finished.
+        sampler: The newest sampling client and the step its weights are of.
+        order: Held while a call submits its requests; calls get it in order of arrival.
+        references: For dpo, by data_id: each datum's log-probability at `origin`.
+    """
+
+    client_id: str
+    backend: Backend
+    base_model: str
+    rank: int
+    tinker_client: tinker.TrainingClient
+    service: tinker.ServiceClient
+    origin: NewClient
+    step: int = 0
+    pending_gradients: int = 0
+    last_checkpoint: str | None = None
+    saved_at_step: int | None = None
+    lost_because: str | None = None
+    unfinished: Turns = field(default_factory=Turns)
+    loops: dict[Any, TrainLoop] = field(default_factory=dict)
+    sampler: tuple[int, tinker.SamplingClient] | None = None
+    recovering: anyio.Lock = field(default_factory=anyio.Lock)
+    order: asyncio.Lock = field(default_factory=asyncio.Lock)
+    references: dict[str, Sequence[float]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def counting_step(self) -> Iterator[None]:
+        """Count a step from its submission on, unless it fails in this block."""
+        self.step += 1
+        applied = self.pending_gradients
+        try:
+            yield
+        except BaseException:
+            self.step -= 1
+            raise
+        self.pending_gradients -= applied
+
+    @contextlib.contextmanager
+    def counting_gradient(self) -> Iterator[None]:
+        """Count a forward_backward from its submission on, unless it fails in this block."""
+        self.pending_gradients += 1
+        try:
+            yield
+        except BaseException:
+            self.pending_gradients = max(0, self.pending_gradients - 1)
+            raise
+
+    def abandon_work(self) -> None:
+        """Give up what was left unfinished."""
+        self.unfinished.close()
+        for loop in self.loops.values():
+            loop.close()
+        self.loops.clear()
+
+    def revive(self, backend: Backend, opened: _Opened) -> int:
+        """Go on with another client of the SDK in the place of the lost one.
+
+        Returns:
+            How many steps of unfinished `train` calls are taken again, their results being lost.
+        """
+        self.unfinished.close()
+        _let_go(self.service)
+        self.backend, self.service, self.tinker_client = backend, *opened
+        self.unfinished, self.sampler, self.lost_because = Turns(), None, None
+        taken_again = 0
+        for loop in self.loops.values():
+            loop.close()
+            taken_again += loop.submitted - len(loop.results)
+            loop.submitted, loop.client = len(loop.results), self.tinker_client
+        return taken_again
+
 
 class Workspace:
     """All that one MCP server process has open: its backend, clients and datums."""
@@ -85,8 +144,9 @@ class Workspace:
         self.unfinished = Unfinished()
         self.clients: dict[str, OpenClient] = {}
         self.data: dict[str, DatumSet] = {}
+        self.groups: dict[str, Group] = {}
         self._service: tuple[Backend, tinker.ServiceClient] | None = None
-        self._numbers = {"client": 0, "data": 0}
+        self._numbers = {"client": 0, "data": 0, "group": 0}
         self._lock = anyio.Lock()
 
     @property
@@ -150,19 +210,63 @@ class Workspace:
         return self.clients[client_id]
 
     async def live_client(self, client_id: str) -> OpenClient:
-        """An open training client whose backend answers.
+        """An open training client whose backend answers; a lost one is recreated if it can be.
 
         Raises:
             NotFoundError: No such handle.
-            ClientLostError: Its local backend is gone, and the client went with it.
+            ClientLostError: It is lost, and work went with it.
+            BackendStartingError: Recreating it takes longer than a call may.
             BackendUnreachableError: The backend does not answer.
         """
         client = self.client(client_id)
+        if await self.loss(client) is not None:
+            async with client.recovering:
+                why = await self.loss(client)  # another call may have recreated it meanwhile
+                if why is not None:
+                    await self._recreate(client, why)
+        return client
+
+    async def loss(self, client: OpenClient) -> str | None:
+        """Why a client is lost; None where it is not.
+
+        Raises:
+            BackendUnreachableError: The backend does not answer, but may come back with the client.
+        """
+        if client.lost_because is not None:
+            return client.lost_because
+        if recovery.is_poisoned(client):
+            return recovery.POISONED
+        is_local = client.backend.kind == "local"
+        if is_local and self.connector.running() not in (None, client.backend):
+            return _ended(client.backend)
         absence = await client.backend.absence()
         if absence is None:
-            return client
-        with told_about(client):
-            raise absence
+            return None
+        if is_local and isinstance(absence, BackendGoneError):
+            return _ended(client.backend)
+        raise absence
+
+    async def _recreate(self, client: OpenClient, why: str) -> None:
+        new = recovery.recipe(client)
+        if new is None:
+            raise recovery.lost(client, why)
+        deadline = self.deadline()
+        backend = await self.connector.connect()
+
+        async def start() -> int:
+            return client.revive(backend, await _opened(backend, new))
+
+        key = ("recreate", client.client_id, new)
+        try:
+            taken_again = await self.unfinished.finish(key, start, backend, deadline)
+        except (NotFoundError, RequestFailedError) as error:
+            raise recovery.cannot_be_loaded(client, why, error.problem) from error
+        if taken_again is None:
+            raise BackendStartingError(
+                f"{client.client_id} was lost ({why}) and is being recreated.",
+                next_step="Nothing is lost: call again in 20 s.",
+            )
+        recovery.note(recovery.recreated(client, new, why, taken_again))
 
     def datums(self, data_id: str) -> DatumSet:
         """Datums by handle.
@@ -180,11 +284,10 @@ class Workspace:
     async def create(self, new: NewClient) -> OpenClient | None:
         """Open a training client; None when it takes longer than a call may (ask again)."""
         deadline = self.deadline()
-        backend, service = await self.service()
+        backend = await self.connector.connect()
 
         async def start() -> OpenClient:
-            with sdk_errors.told():
-                tinker_client = await _submit(service, new)
+            service, tinker_client = await _opened(backend, new)
             info = tinker_client.get_info()
             client = OpenClient(
                 client_id=self.next_id("client"),
@@ -192,54 +295,108 @@ class Workspace:
                 base_model=str(info.model_data.model_name),
                 rank=info.lora_rank or new.rank,
                 tinker_client=tinker_client,
+                service=service,
+                origin=new,
                 last_checkpoint=new.checkpoint,
+                saved_at_step=None if new.checkpoint is None else 0,
             )
             self.clients[client.client_id] = client
             return client
 
         return await self.unfinished.finish(new, start, backend, deadline)
 
+    @contextlib.asynccontextmanager
+    async def frozen(self, client: OpenClient) -> AsyncIterator[tinker.TrainingClient]:
+        """A second training client on what this one was opened from, for as long as the block."""
+        new = replace(client.origin, load_optimizer=False)
+        service, frozen = await _opened(client.backend, new)
+        try:
+            yield frozen
+        finally:
+            await _closed([service], client.backend)
+
+    async def close_client(self, client_id: str) -> OpenClient:
+        """Free a training client, with the session that was opened for it.
+
+        Raises:
+            NotFoundError: No such handle.
+        """
+        client = self.clients.pop(self.client(client_id).client_id)
+        client.abandon_work()
+        await _closed([client.service], client.backend)
+        return client
+
     async def close(self) -> None:
-        """Give up what is unfinished and end the session."""
+        """Give up what is unfinished and end the sessions."""
         self.unfinished.close()
+        services: dict[Backend, list[tinker.ServiceClient]] = {}
         for client in self.clients.values():
-            client.unfinished.close()
-            for loop in client.loops.values():
-                loop.close()
-        if self._service is None:
-            return
-        backend, service = self._service
-        if await backend.is_healthy():
-            with contextlib.suppress(Exception):  # we are leaving; the session expires anyway
-                await asyncio.wait_for(service.close("success").result_async(), _CLOSE_LIMIT_S)
+            client.abandon_work()
+            services.setdefault(client.backend, []).append(client.service)
+        if self._service is not None:
+            services.setdefault(self._service[0], []).append(self._service[1])
+        await asyncio.gather(*(_closed(group, backend) for backend, group in services.items()))
 
 
 @contextlib.contextmanager
 def told_about(client: OpenClient) -> Iterator[None]:
-    """Like `sdk_errors.told`, and a lost client's error names its last checkpoint."""
+    """Like `sdk_errors.told`; a lost client is marked, and its error says what went with it."""
+    asked = client.tinker_client
     try:
         with sdk_errors.told():
             yield
     except ClientLostError as error:
-        raise _lost(client) from error
+        why = recovery.POISONED if recovery.is_poisoned(client) else _session_ended(client.backend)
+        raise _marked(client, asked, why) from error
     except BackendGoneError as error:
         if client.backend.kind == "local":  # what a local backend had in memory ends with it
-            raise _lost(client) from error
+            raise _marked(client, asked, _ended(client.backend)) from error
         raise
 
 
-def _lost(client: OpenClient) -> ClientLostError:
-    label = client.backend.label
-    problem = f"{client.client_id} is lost: its backend {label} has ended, or its session has"
-    if client.last_checkpoint is None:
-        return ClientLostError(
-            f"{problem}. It had no checkpoint, so its {client.step} steps are gone.",
-            next_step="Call create_training_client, and save_checkpoint now and then.",
-        )
-    return ClientLostError(
-        f"{problem}. Its last checkpoint is kept.",
-        next_step=f'Call create_training_client(checkpoint="{client.last_checkpoint}").',
-    )
+def _marked(client: OpenClient, asked: tinker.TrainingClient, why: str) -> ClientLostError:
+    if client.tinker_client is asked:  # else it was recreated while this request was on its way
+        client.lost_because = why
+    return recovery.lost(client, why)
+
+
+def _ended(backend: Backend) -> str:
+    return f"its backend {backend.label} has ended"
+
+
+def _session_ended(backend: Backend) -> str:
+    return f"its session on {backend.label} has ended"
+
+
+_Opened: TypeAlias = "tuple[tinker.ServiceClient, tinker.TrainingClient]"
+
+
+async def _opened(backend: Backend, new: NewClient) -> _Opened:
+    """A training client in a session of its own: ending that is the only way to free it."""
+    with sdk_errors.told():
+        service = await anyio.to_thread.run_sync(_open, backend)
+        try:
+            return service, await _submit(service, new)
+        except BaseException:
+            _let_go(service)
+            raise
+
+
+async def _closed(services: list[tinker.ServiceClient], backend: Backend) -> None:
+    """End sessions, if that is quick: without their heartbeats they expire anyway."""
+    if not await backend.is_healthy():
+        for service in services:
+            _let_go(service)
+        return
+    with contextlib.suppress(Exception):
+        ends = [service.close("success").result_async() for service in services]
+        await asyncio.wait_for(asyncio.gather(*ends), _CLOSE_LIMIT_S)
+
+
+def _let_go(service: tinker.ServiceClient) -> None:
+    """Have the SDK end a session by itself, however long that takes; its heartbeats stop."""
+    with contextlib.suppress(Exception):
+        service.close("errored")
 
 
 def _open(backend: Backend) -> tinker.ServiceClient:

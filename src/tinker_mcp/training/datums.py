@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.training.datasets import Conversation, Problem
+from tinker_mcp.training.checks import datum_problem
+from tinker_mcp.training.formats import Conversation, Example, Pair, Text
+from tinker_mcp.training.problems import Problem
 from tinker_mcp.training.rendering import ModelRenderer
 
 if TYPE_CHECKING:
@@ -18,8 +20,6 @@ Reduction = Literal["none", "mean"]
 
 DatumKind = Literal["supervised", "text", "preference", "policy_gradient"]
 """What datums are for. `preference` comes in pairs: chosen, rejected, chosen, rejected ..."""
-
-_SHOWN_CHARACTERS = 1200
 
 
 @dataclass(frozen=True)
@@ -76,49 +76,138 @@ def supervised_datum(
     Raises:
         InvalidInputError: The renderer refuses the conversation, or no target carries weight.
     """
-    import torch
-    from tinker_cookbook.supervised.common import datum_from_model_input_weights
-
     try:
-        model_input, weights = renderer.supervised(messages.messages, train_on_what)  # type: ignore[arg-type]  # checked by datasets
+        model_input, weights = renderer.supervised(messages.messages, train_on_what)  # type: ignore[arg-type]  # checked by formats
     except Exception as error:  # a renderer refuses with assertions as well as with RendererError
-        raise InvalidInputError(
-            f"the renderer {renderer.name} refuses it: {str(error)[:200]}", next_step=""
-        ) from error
-    datum = datum_from_model_input_weights(
-        model_input, torch.tensor(weights), max_length=max_length, reduction=reduction
-    )
-    if not any(datum.loss_fn_inputs["weights"].tolist()):
-        raise InvalidInputError(
-            f"no token to train on is left within max_length {max_length} of its "
-            f"{model_input.length} tokens: raise max_length",
-            next_step="",
+        raise _refused(f"the renderer {renderer.name} refuses it: {str(error)[:200]}") from error
+    return _datum(model_input, weights, max_length, reduction), model_input.length > max_length
+
+
+def text_datum(
+    text: Text, renderer: ModelRenderer, max_length: int, reduction: Reduction
+) -> tuple[tinker.Datum, bool]:
+    """Like `supervised_datum`, of plain text: no chat format, every target token trained.
+
+    Raises:
+        InvalidInputError: The text is one token long.
+    """
+    import tinker
+
+    tokens = renderer.encode(text.text)
+    if len(tokens) < 2:
+        raise _refused(f"its text is {len(tokens)} token long, so none follows another")
+    model_input = tinker.ModelInput.from_ints(tokens)
+    weights = [1.0] * len(tokens)
+    return _datum(model_input, weights, max_length, reduction), len(tokens) > max_length
+
+
+def preference_datums(
+    pair: Pair, renderer: ModelRenderer, max_length: int
+) -> tuple[list[tinker.Datum], bool]:
+    """Two datums, chosen then rejected, each trained on its last reply only.
+
+    What `tinker_cookbook.preference.dpo_datasets` makes of a comparison: DPO compares sums of
+    logprobs, so the weights stay 0 or 1.
+
+    Returns:
+        The two, and whether one of them was truncated.
+
+    Raises:
+        InvalidInputError: As for `supervised_datum`, or what is left of the two is the same.
+    """
+    datums, cuts = [], []
+    for name, messages in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        side = Conversation(pair.place, messages)
+        try:
+            datum, was_cut = supervised_datum(
+                side, renderer, "last_assistant_message", max_length, "none"
+            )
+        except InvalidInputError as error:
+            raise _refused(f"{name}: {error.problem}") from error
+        datums.append(datum)
+        cuts.append(was_cut)
+    if _tokens(datums[0]) == _tokens(datums[1]):
+        raise _refused(
+            f"chosen and rejected are the same within max_length {max_length}"
+            if any(cuts)
+            else "chosen and rejected are the same tokens"
         )
-    return datum, model_input.length > max_length
+    return datums, any(cuts)
 
 
 def render(
-    conversations: Sequence[Conversation],
+    examples: Sequence[Example],
     renderer: ModelRenderer,
     train_on_what: str,
     max_length: int,
     reduction: Reduction,
 ) -> Rendered:
-    """Make a datum of each conversation that gives one. Blocks."""
+    """Make datums of each example that gives them, checked. Blocks.
+
+    Args:
+        train_on_what, reduction: For conversations; a pair has its own rule, a text trains all.
+    """
     datums: list[tinker.Datum] = []
     truncated = 0
     problems: list[Problem] = []
-    for conversation in conversations:
+    vocabulary = renderer.vocabulary_size
+    for example in examples:
         try:
-            datum, was_cut = supervised_datum(
-                conversation, renderer, train_on_what, max_length, reduction
-            )
+            made, was_cut = _datums_of(example, renderer, train_on_what, max_length, reduction)
+            for datum in made:
+                what = datum_problem(datum, vocabulary)
+                if what:
+                    raise _refused(what)
         except InvalidInputError as error:
-            problems.append(Problem(conversation.place, error.problem))
+            problems.append(Problem(example.place, error.problem, "not_rendered"))
             continue
-        datums.append(datum)
+        datums += made
         truncated += was_cut
     return Rendered(datums, truncated, problems)
+
+
+def _datums_of(
+    example: Example,
+    renderer: ModelRenderer,
+    train_on_what: str,
+    max_length: int,
+    reduction: Reduction,
+) -> tuple[list[tinker.Datum], bool]:
+    if isinstance(example, Pair):
+        return preference_datums(example, renderer, max_length)
+    if isinstance(example, Text):
+        datum, was_cut = text_datum(example, renderer, max_length, reduction)
+    else:
+        datum, was_cut = supervised_datum(example, renderer, train_on_what, max_length, reduction)
+    return [datum], was_cut
+
+
+def _datum(
+    model_input: tinker.ModelInput, weights: list[float], max_length: int, reduction: Reduction
+) -> tinker.Datum:
+    """The cookbook's shift, cut and reduction."""
+    import torch
+    from tinker_cookbook.supervised.common import datum_from_model_input_weights
+
+    if not any(weights):
+        raise _refused("no token of it is to be trained (train_on_what, and weight 0 of messages)")
+    datum = datum_from_model_input_weights(
+        model_input, torch.tensor(weights), max_length=max_length, reduction=reduction
+    )
+    if not any(datum.loss_fn_inputs["weights"].tolist()):
+        raise _refused(
+            f"no token to train on is left within max_length {max_length} of its "
+            f"{model_input.length} tokens: raise max_length"
+        )
+    return datum
+
+
+def _refused(what: str) -> InvalidInputError:
+    return InvalidInputError(what, next_step="")
+
+
+def _tokens(datum: tinker.Datum) -> list[int]:
+    return [*datum.model_input.to_ints(), datum.loss_fn_inputs["target_tokens"].tolist()[-1]]
 
 
 def measure(datums: Sequence[tinker.Datum]) -> TokenStatistics:
@@ -134,28 +223,27 @@ def measure(datums: Sequence[tinker.Datum]) -> TokenStatistics:
 
 
 def trained_tokens(datum: tinker.Datum) -> int:
-    """Target tokens that carry weight."""
-    return sum(weight > 0 for weight in datum.loss_fn_inputs["weights"].tolist())
+    """Target tokens that count in the loss."""
+    return sum(is_trained(datum))
+
+
+def is_trained(datum: tinker.Datum) -> list[bool]:
+    """Whether each target token counts: by its weight, its mask, or an advantage other than 0."""
+    inputs = datum.loss_fn_inputs
+    for name in ("weights", "mask", "advantages"):
+        if name in inputs:
+            return [value != 0 for value in inputs[name].tolist()]
+    return [True] * datum.model_input.length
 
 
 def weight_sum(datums: Sequence[tinker.Datum]) -> float:
-    """What a summed loss is divided by to get the loss per unit of weight."""
-    return float(sum(sum(datum.loss_fn_inputs["weights"].tolist()) for datum in datums))
+    """What a summed loss is divided by to get the loss per unit of weight.
+
+    A datum without weights, such as one for `importance_sampling`, counts its trained tokens.
+    """
+    return float(sum(map(_weight, datums)))
 
 
-def marked(datum: tinker.Datum, renderer: ModelRenderer) -> str:
-    """A datum's text with the trained tokens between ⟦ and ⟧."""
-    tokens = [*datum.model_input.to_ints(), datum.loss_fn_inputs["target_tokens"].tolist()[-1]]
-    is_trained = [False, *(weight > 0 for weight in datum.loss_fn_inputs["weights"].tolist())]
-    parts: list[str] = []
-    start = 0
-    for end in range(1, len(tokens) + 1):
-        if end == len(tokens) or is_trained[end] != is_trained[start]:
-            text = renderer.decode(tokens[start:end])
-            parts.append(f"⟦{text}⟧" if is_trained[start] else text)
-            start = end
-    whole = "".join(parts)
-    if len(whole) <= _SHOWN_CHARACTERS:
-        return whole
-    half = _SHOWN_CHARACTERS // 2
-    return f"{whole[:half]} ... {whole[-half:]}"
+def _weight(datum: tinker.Datum) -> float:
+    weights = datum.loss_fn_inputs.get("weights")
+    return trained_tokens(datum) if weights is None else sum(weights.tolist())

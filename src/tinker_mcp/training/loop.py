@@ -9,20 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import math
 import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tinker_mcp.training.backend import Backend
-from tinker_mcp.training.datums import weight_sum
+from tinker_mcp.training.objectives import Objective
 from tinker_mcp.training.waiting import abandon, wait
 
 if TYPE_CHECKING:
     import tinker
+
+T = TypeVar("T")
 
 IN_FLIGHT = 2  # the batch being computed and the one behind it
 
@@ -37,6 +38,7 @@ class TrainPlan:
     adam: tinker.AdamParams
     loss_fn: str
     seed: int
+    loss_config: tuple[tuple[str, float], ...] = ()
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -48,12 +50,13 @@ class TrainPlan:
             self.adam.model_dump_json(),
             self.loss_fn,
             self.seed,
+            self.loss_config,
         )
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One finished step: its loss per unit of weight, in nats, and the optimizer's metrics."""
+    """One finished step: its loss, and what else the loss and the optimizer tell."""
 
     step: int
     loss: float
@@ -62,7 +65,7 @@ class StepResult:
 
 @dataclass
 class _Submitted:
-    weight: float
+    batch: Sequence[tinker.Datum]
     forward_backward: asyncio.Task[Any]
     optim_step: asyncio.Task[Any]
 
@@ -86,6 +89,7 @@ class TrainLoop:
     plan: TrainPlan
     datums: Sequence[tinker.Datum]
     client: tinker.TrainingClient
+    objective: Objective
     results: list[StepResult] = field(default_factory=list)
     submitted: int = 0
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -96,6 +100,11 @@ class TrainLoop:
     def is_finished(self) -> bool:
         return len(self.results) == self.plan.steps
 
+    def begin(self) -> None:
+        """Submit a step if none is in flight and one is left."""
+        if not self._in_flight and self.submitted < self.plan.steps:
+            self._in_flight.append(self._submit())
+
     async def advance(self, backend: Backend, deadline: float, report: Report) -> None:
         """Go on until the plan is done or `deadline` (monotonic) is near.
 
@@ -103,9 +112,7 @@ class TrainLoop:
             BackendUnreachableError: The backend stopped answering.
             Exception: What the SDK raises for a failed request; the loop cannot go on.
         """
-        if not self._in_flight and self.submitted < self.plan.steps:
-            # However long a step takes: each call brings the loop on.
-            self._in_flight.append(self._submit())
+        self.begin()  # however long a step takes: each call brings the loop on
         while not self.is_finished:
             self._fill(deadline)
             if not self._in_flight:
@@ -153,22 +160,27 @@ class TrainLoop:
         return time.monotonic() + ahead * self._seconds_a_step <= deadline
 
     def _submit(self) -> _Submitted:
-        batch = batch_of(self.datums, self.plan.batch_size, self.submitted, self.plan.seed)
+        batch = self._batch()
         self.submitted += 1
         # Both before either is awaited: a request that misses a clock cycle costs one more.
-        forward_backward = self.client.forward_backward(batch, self.plan.loss_fn)  # type: ignore[arg-type]  # the tool's Literal
+        forward_backward = self.objective.forward_backward(self.client, batch)
         optim_step = self.client.optim_step(self.plan.adam)
-        return _Submitted(
-            weight_sum(batch),
-            _watched(forward_backward.coroutine()),
-            _watched(optim_step.coroutine()),
-        )
+        return _Submitted(batch, _watched(forward_backward), _watched(optim_step.coroutine()))
+
+    def _batch(self) -> list[tinker.Datum]:
+        size = self.objective.datums_a_unit
+        units = [self.datums[i : i + size] for i in range(0, len(self.datums), size)]
+        chosen = batch_of(units, self.plan.batch_size // size, self.submitted, self.plan.seed)
+        return [datum for unit in chosen for datum in unit]
 
     def _result(self, submitted: _Submitted) -> StepResult:
         output = submitted.forward_backward.result()
-        loss = output.metrics["loss:sum"] / submitted.weight if submitted.weight else math.nan
-        metrics = submitted.optim_step.result().metrics or {}
-        return StepResult(len(self.results) + 1, loss, metrics)
+        stepped = submitted.optim_step.result().metrics or {}
+        return StepResult(
+            len(self.results) + 1,
+            self.objective.loss(output, submitted.batch),
+            {**self.objective.metrics(output), **stepped},
+        )
 
 
 def _watched(request: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -178,9 +190,7 @@ def _watched(request: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
     return task
 
 
-def batch_of(
-    datums: Sequence[tinker.Datum], batch_size: int, step: int, seed: int
-) -> list[tinker.Datum]:
+def batch_of(datums: Sequence[T], batch_size: int, step: int, seed: int) -> list[T]:
     """The batch of a step, counted from 0: each epoch is a new order chosen by `seed`.
 
     A batch takes up where the last one ended and runs over into the next epoch, so every datum is

@@ -18,7 +18,7 @@ from tinker_mcp.training.backend import Backend
 
 if TYPE_CHECKING:
     import tinker
-    from tinker_cookbook.renderers import Message, Renderer
+    from tinker_cookbook.renderers import Message, Renderer, TrainOnWhat
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,34 @@ class ModelRenderer:
     def supervised(
         self, messages: Sequence[Message], train_on_what: str
     ) -> tuple[tinker.ModelInput, list[float]]:
-        """Tokens (N) of a conversation and the loss weight of each (N floats, 0.0 or 1.0)."""
+        """Tokens (N) of a conversation and the loss weight of each (N floats, 0.0 or 1.0).
+
+        A message with `weight` 0 (or `trainable` false) is not trained on, whatever
+        `train_on_what` says.
+
+        Raises:
+            ValueError: A message has weight 0 under all_tokens, which knows no messages.
+        """
         from tinker_cookbook.renderers import TrainOnWhat
 
-        model_input, weights = self.renderer.build_supervised_example(
-            _with_tool_calls(messages), TrainOnWhat(train_on_what)
-        )
-        return model_input, weights.tolist()
+        typed = _with_tool_calls(messages)
+        what = TrainOnWhat(train_on_what)
+        if any(map(_is_left_out, typed)):
+            typed = _chosen_one_by_one(typed, what)
+            what = TrainOnWhat.CUSTOMIZED
+        else:
+            typed = [_without_flag(message) for message in typed]
+        model_input, weights = self.renderer.build_supervised_example(typed, what)
+        return model_input, [float(weight) for weight in weights.tolist()]
 
     def prompt(self, messages: Sequence[Message]) -> tinker.ModelInput:
         """Tokens after which the assistant's answer follows."""
         return self.renderer.build_generation_prompt(_with_tool_calls(messages))
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens there are; ids are below it."""
+        return len(self.tokenizer)
 
     def stop(self) -> list[str] | list[int]:
         """What ends an answer."""
@@ -86,6 +103,31 @@ def _with_tool_calls(messages: Sequence[Message]) -> list[Message]:
             message = {**message, "content": message["content"] or "", "tool_calls": typed}  # noqa: PLW2901
         converted.append(message)
     return converted
+
+
+def _is_left_out(message: Message) -> bool:
+    """By OpenAI's `weight` or the cookbook's `trainable`."""
+    return message.get("weight") == 0 or message.get("trainable") is False
+
+
+def _without_flag(message: Message) -> Message:
+    # The renderers want the flag with CUSTOMIZED only.
+    return {name: value for name, value in message.items() if name != "trainable"}  # type: ignore[return-value]
+
+
+def _chosen_one_by_one(messages: Sequence[Message], what: TrainOnWhat) -> list[Message]:
+    """Messages that each say whether they are trained: as `what` has it, less those left out."""
+    if what == "all_tokens":
+        raise ValueError("a message has weight 0, which train_on_what=all_tokens cannot honour")
+    last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    first = {"last_assistant_message": len(messages) - 1, "last_assistant_turn": last_user + 1}
+    chosen: list[Message] = []
+    for index, message in enumerate(messages):
+        is_meant = what == "all_messages" or (
+            message["role"] == "assistant" and index >= first.get(what.value, 0)
+        )
+        chosen.append({**message, "trainable": is_meant and not _is_left_out(message)})
+    return chosen
 
 
 def load(backend: Backend, model_name: str, renderer_name: str | None) -> ModelRenderer:

@@ -6,39 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import anyio.to_thread
-
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.training import rendering, sdk_errors
-from tinker_mcp.training.backend import Backend
-from tinker_mcp.training.clients import OpenClient, Workspace, told_about
+from tinker_mcp.training.clients import Workspace
+from tinker_mcp.training.groups import Group, SampledSequence
 from tinker_mcp.training.rendering import ModelRenderer
+from tinker_mcp.training.samplers import Sampler, Source, ask
 
 if TYPE_CHECKING:
     import tinker
-
-
-@dataclass(frozen=True)
-class Source:
-    """Whose weights to sample; exactly one is set."""
-
-    client_id: str | None = None
-    checkpoint: str | None = None
-    base_model: str | None = None
-
-    def check(self) -> None:
-        """Refuse none or several.
-
-        Raises:
-            InvalidInputError: Not exactly one is set.
-        """
-        given = [name for name, value in vars(self).items() if value is not None]
-        if len(given) != 1:
-            said = " and ".join(given) or "nothing"
-            raise InvalidInputError(
-                f"sample got {said} to sample from.",
-                next_step="Give exactly one of client_id, checkpoint and base_model.",
-            )
+    from tinker_cookbook.renderers import Message
 
 
 @dataclass(frozen=True)
@@ -59,18 +35,23 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One sample; `mean_logprob` in nats a token."""
+    """One sample; `mean_logprob` in nats a token.
+
+    Attributes:
+        message: Its parts as the renderer parsed them, where they say more than the text.
+    """
 
     text: str
     stop_reason: str
     tokens: int
     mean_logprob: float
     is_complete: bool
+    message: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """All samples, and whose they are."""
+    """All samples, and whose they are; several are a group, kept under its handle."""
 
     answers: list[Answer]
     backend: str
@@ -78,6 +59,7 @@ class Sampled:
     renderer: str | None
     weights: str
     prompt_tokens: int
+    group_id: str | None
 
 
 async def sample(workspace: Workspace, source: Source, question: Question) -> Sampled | None:
@@ -86,36 +68,45 @@ async def sample(workspace: Workspace, source: Source, question: Question) -> Sa
     Raises:
         InvalidInputError: Not exactly one source, or not exactly one of messages and prompt.
     """
-    source.check()
+    source.check("sample")
     if (question.messages is None) == (question.prompt is None):
         raise InvalidInputError(
             "sample needs either messages or prompt.",
             next_step="Give messages for a chat, or prompt for plain text to continue.",
         )
-    deadline = workspace.deadline()
-    step = None
-    if source.client_id is not None:
-        client = await workspace.live_client(source.client_id)
-        backend, step = client.backend, client.step
-    else:
-        backend, _ = await workspace.service()
-    key = ("sample", source, step, repr(question))
-    return await workspace.unfinished.finish(
-        key, lambda: _sample(workspace, backend, source, question), backend, deadline
+
+    async def use(
+        sampler: Sampler, renderer: ModelRenderer, rendered: tuple[tinker.ModelInput, Any]
+    ) -> Sampled:
+        prompt, stop = rendered
+        response = await sampler.client.sample(
+            prompt, question.num_samples, _params(question, stop)
+        )
+        group = _kept(workspace, sampler, renderer, prompt, response.sequences)
+        return Sampled(
+            answers=[_answer(sequence, question, renderer) for sequence in response.sequences],
+            backend=sampler.backend.label,
+            base_model=sampler.base_model,
+            renderer=renderer.name if question.messages is not None else None,
+            weights=sampler.weights,
+            prompt_tokens=prompt.length,
+            group_id=group.group_id if group is not None else None,
+        )
+
+    return await ask(
+        workspace,
+        source,
+        key=("sample", repr(question)),
+        renderer_name=question.renderer,
+        render=lambda renderer: _prompt(question, renderer),
+        use=use,
     )
 
 
-async def _sample(
-    workspace: Workspace, backend: Backend, source: Source, question: Question
-) -> Sampled:
-    known = workspace.client(source.client_id).base_model if source.client_id else source.base_model
-    # What is wrong with the question shows before weights are saved to sample from.
-    rendered = await _rendered(backend, known, question) if known else None
-    sampler, base_model, weights = await _sampler(workspace, source)
-    renderer, prompt, stop = rendered or await _rendered(backend, base_model, question)
+def _params(question: Question, stop: Any) -> tinker.SamplingParams:
     import tinker
 
-    params = tinker.SamplingParams(
+    return tinker.SamplingParams(
         max_tokens=question.max_tokens,
         temperature=question.temperature,
         top_k=question.top_k,
@@ -123,58 +114,31 @@ async def _sample(
         seed=question.seed,
         stop=stop,
     )
-    with sdk_errors.told():
-        response = await sampler.sample(prompt, question.num_samples, params)
-    return Sampled(
-        answers=[_answer(sequence, question, renderer) for sequence in response.sequences],
-        backend=backend.label,
-        base_model=base_model,
-        renderer=renderer.name if question.messages is not None else None,
-        weights=weights,
-        prompt_tokens=prompt.length,
+
+
+def _kept(
+    workspace: Workspace,
+    sampler: Sampler,
+    renderer: ModelRenderer,
+    prompt: tinker.ModelInput,
+    sequences: Sequence[Any],
+) -> Group | None:
+    """The group of several samples, stored; None for a single one."""
+    if len(sequences) == 1:
+        return None
+    group = Group(
+        group_id=workspace.next_id("group"),
+        base_model=sampler.base_model,
+        renderer=renderer.name,
+        prompt=prompt,
+        sequences=[
+            SampledSequence(list(drawn.tokens), None if drawn.logprobs is None else drawn.logprobs)
+            for drawn in sequences
+        ],
+        weights=sampler.weights,
     )
-
-
-async def _sampler(workspace: Workspace, source: Source) -> tuple[tinker.SamplingClient, str, str]:
-    """Sampling client, base model, and a phrase that says whose weights they are."""
-    if source.client_id is not None:
-        client = workspace.client(source.client_id)
-        step, sampler = await _current_sampler(client)
-        weights = f"{client.client_id} at step {step}"
-        return sampler, client.base_model, weights
-    _, service = await workspace.service()
-    with sdk_errors.told():
-        pending = await anyio.to_thread.run_sync(
-            lambda: service.create_sampling_client(
-                model_path=source.checkpoint, base_model=source.base_model
-            )
-        )
-        sampler = await pending
-        base_model = str(sampler.get_base_model())
-    return sampler, base_model, source.checkpoint or f"{source.base_model}, untrained"
-
-
-async def _current_sampler(client: OpenClient) -> tuple[int, tinker.SamplingClient]:
-    """A sampling client of the weights after all steps submitted so far.
-
-    A sampling client keeps the weights it was made from, so a new one is made after each step.
-    """
-    if client.sampler is None or client.sampler[0] != client.step:
-        step = client.step
-        with told_about(client):
-            sampler = await client.tinker_client.save_weights_and_get_sampling_client()
-        client.sampler = (step, sampler)
-    return client.sampler
-
-
-async def _rendered(
-    backend: Backend, base_model: str, question: Question
-) -> tuple[ModelRenderer, tinker.ModelInput, Any]:
-    """Renderer, prompt and stops of a question to this model."""
-    renderer = await anyio.to_thread.run_sync(
-        rendering.load, backend, base_model, question.renderer
-    )
-    return renderer, *_prompt(question, renderer)
+    workspace.groups[group.group_id] = group
+    return group
 
 
 def _prompt(question: Question, renderer: ModelRenderer) -> tuple[tinker.ModelInput, Any]:
@@ -197,8 +161,11 @@ def _prompt(question: Question, renderer: ModelRenderer) -> tuple[tinker.ModelIn
 
 
 def _answer(sequence: Any, question: Question, renderer: ModelRenderer) -> Answer:
+    message = None
     if question.messages is not None:
-        text, is_complete = renderer.answer(sequence.tokens)
+        parsed, ending = renderer.renderer.parse_response(sequence.tokens)
+        text, message = in_words(parsed)
+        is_complete = ending.is_clean
     else:
         text, is_complete = renderer.plain_text(sequence.tokens), sequence.stop_reason == "stop"
     logprobs = sequence.logprobs or [0.0]
@@ -208,4 +175,24 @@ def _answer(sequence: Any, question: Question, renderer: ModelRenderer) -> Answe
         tokens=len(sequence.tokens),
         mean_logprob=sum(logprobs) / len(logprobs),
         is_complete=is_complete,
+        message=message,
     )
+
+
+def in_words(parsed: Message) -> tuple[str, dict[str, Any] | None]:
+    """The text of a parsed message, and the message as JSON where that says more.
+
+    It does with tool calls, well-formed or not, and with content in parts, such as thinking.
+    """
+    from tinker_cookbook.renderers import format_content_as_string
+
+    content = parsed["content"]
+    text = format_content_as_string(content)
+    calls = {
+        name: [call.model_dump(mode="json", exclude_none=True) for call in parsed[name]]
+        for name in ("tool_calls", "unparsed_tool_calls")
+        if parsed.get(name)
+    }
+    if not calls and (isinstance(content, str) or all(p["type"] == "text" for p in content)):
+        return text, None
+    return text, {"role": parsed["role"], "content": content, **calls}

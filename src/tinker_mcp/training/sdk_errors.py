@@ -15,7 +15,14 @@ from tinker_mcp.errors import (
 )
 
 _LOST = re.compile(r"No (session|training client|sampling client|request) ")
-_SDK_TAIL = re.compile(r" for self\.request_id=.*$", re.DOTALL)
+# What the SDK puts around the backend's sentence (lib/api_future_impl.py, _base_client.py).
+_SDK_HEAD = re.compile(
+    r"^(Request failed|Error retrieving result|Proto deserialization failed): |^Error code: \d+ - "
+)
+_SDK_TAIL = re.compile(
+    r"( with status \d+| \(status \d+\))?( for| of| \()\s*self\.(request_id|model_cls)=.*$",
+    re.DOTALL,
+)
 _HTTP_NOT_FOUND = 404
 
 
@@ -38,15 +45,18 @@ def _translated(error: Exception) -> TinkerMcpError | None:
     import tinker  # only here: whoever raised its exception has loaded it
 
     if isinstance(error, tinker.RequestFailedError):
-        return _failed(_SDK_TAIL.sub("", str(error)).removeprefix("Request failed: "))
+        return _failed(_own_words(str(error)))
     if isinstance(error, tinker.APIStatusError):
         return _refused(error)
     if isinstance(error, tinker.APIConnectionError):
         return BackendUnreachableError(
-            f"The backend does not answer ({error}).", next_step="Call check_setup."
+            f"The backend does not answer ({_own_words(str(error)).rstrip('.')}).",
+            next_step="Call check_setup.",
         )
     if isinstance(error, tinker.TinkerError):  # a key that cannot be one, for example
         return RequestFailedError(_sentence(str(error)), next_step="Call check_setup.")
+    if isinstance(error, ValueError) and isinstance(error.__cause__, tinker.APIError):
+        return _translated(error.__cause__)  # the answer itself, which the SDK wrapped once more
     return _misused(error)
 
 
@@ -59,7 +69,7 @@ def _misused(error: Exception) -> TinkerMcpError | None:
         )
     if isinstance(error, ValueError):  # its word for an answer it cannot use
         return RequestFailedError(
-            f"The SDK could not use the backend's answer: {_SDK_TAIL.sub('', str(error))}.",
+            f"The SDK could not use the backend's answer: {_sentence(_own_words(str(error)))}",
             next_step="Call check_setup: backend and SDK may not be of one version.",
         )
     return None
@@ -73,15 +83,18 @@ def _failed(reason: str) -> TinkerMcpError:
     return RequestFailedError(_sentence(reason), next_step="Correct the request and call again.")
 
 
+def _own_words(text: str) -> str:
+    """The backend's sentence alone, without what the SDK says around it."""
+    return _SDK_HEAD.sub("", _SDK_TAIL.sub("", text)).strip()
+
+
 def _sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def _refused(error: Exception) -> TinkerMcpError:
-    body = getattr(error, "body", None)
-    detail = body.get("detail") if isinstance(body, dict) else None
     status = getattr(error, "status_code", None)
-    reason = str(detail or error)
+    reason = _detail(getattr(error, "body", None)) or "The backend refused the request"
     if _LOST.search(reason):
         return _failed(reason)
     if status == _HTTP_NOT_FOUND:
@@ -90,3 +103,24 @@ def _refused(error: Exception) -> TinkerMcpError:
         f"{reason.rstrip('.')} (HTTP {status}).",
         next_step="Call check_setup, then correct the request.",
     )
+
+
+def _detail(body: object) -> str | None:
+    """The sentence in an error's body: text, or FastAPI's list of places and problems."""
+    said = body
+    if isinstance(body, dict):
+        said = body.get("detail") or body.get("message") or body.get("error")
+    if isinstance(said, list):
+        said = "; ".join(_place_and_problem(item) for item in said)
+    if isinstance(said, dict):
+        said = said.get("message")
+    if not isinstance(said, str) or said.lstrip().startswith("<"):  # a gateway's page
+        return None
+    return said.strip() or None
+
+
+def _place_and_problem(item: object) -> str:
+    if not isinstance(item, dict):
+        return str(item)
+    place = ".".join(str(part) for part in item.get("loc", ()))
+    return f"{place}: {item.get('msg', item)}" if place else str(item.get("msg", item))

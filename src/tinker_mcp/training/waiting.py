@@ -19,13 +19,14 @@ from tinker_mcp.training.backend import Backend
 T = TypeVar("T")
 
 _LOOK_EVERY_S = 2.0
+_SETTLE_S = 1.0
 _MISSES_UNTIL_DEAD = 2  # 4 s apart from the last sign of life; one may be a hiccup of the net
 
 
-async def wait(tasks: set[asyncio.Task[Any]], backend: Backend, deadline: float) -> bool:
+async def wait(tasks: set[asyncio.Task[Any]], backend: Backend | None, deadline: float) -> bool:
     """Wait until all tasks are done; False when `deadline` (monotonic) came first.
 
-    Cancels nothing.
+    Cancels nothing. Work without a backend is work of this process alone.
 
     Raises:
         BackendGoneError: Nothing listens at the backend's address any more.
@@ -37,7 +38,7 @@ async def wait(tasks: set[asyncio.Task[Any]], backend: Backend, deadline: float)
             return False
         done, _ = await asyncio.wait(pending, timeout=min(left, _LOOK_EVERY_S))
         # A silent backend may be busy; the deadline takes care of it.
-        absence = None if done else await backend.absence()
+        absence = None if done or backend is None else await backend.absence()
         misses = misses + 1 if isinstance(absence, BackendGoneError) else 0
         if absence is not None and misses >= _MISSES_UNTIL_DEAD:
             raise absence
@@ -55,7 +56,7 @@ class Unfinished:
         self,
         key: Hashable,
         start: Callable[[], Awaitable[T]],
-        backend: Backend,
+        backend: Backend | None,
         deadline: float,
     ) -> T | None:
         """The result of `start()`, or None when it is not there by `deadline`.
@@ -67,11 +68,25 @@ class Unfinished:
         Raises:
             BackendGoneError: The backend has ended; the work is given up.
         """
-        task = self._taken_over(key) or self._started(start)
+        return await self.collect(key, self.begin(key, start), backend, deadline)
+
+    def begin(self, key: Hashable, start: Callable[[], Awaitable[T]]) -> asyncio.Task[T]:
+        """The work of `key` that an earlier call left, or `start()` as a new task."""
+        return self._taken_over(key) or self._started(start)
+
+    async def collect(
+        self, key: Hashable, task: asyncio.Task[T], backend: Backend | None, deadline: float
+    ) -> T | None:
+        """The result of a task from `begin`, or None: then it is left for a later call.
+
+        Raises:
+            BackendGoneError: The backend has ended; the work is given up.
+        """
         try:
             is_done = await wait({task}, backend, deadline)
         except TinkerMcpError:
             abandon(task)
+            await asyncio.wait({task}, timeout=_SETTLE_S)  # until it has taken back what it counted
             raise
         except asyncio.CancelledError:
             self._left[key].append(task)
@@ -79,8 +94,7 @@ class Unfinished:
         if not is_done:
             self._left[key].append(task)
             return None
-        result: T = task.result()
-        return result
+        return task.result()
 
     def forget(self) -> None:
         """Let nothing that was left be taken over any more; it still runs to its end."""

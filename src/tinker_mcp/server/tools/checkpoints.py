@@ -1,19 +1,38 @@
-"""save_checkpoint and list_checkpoints."""
+"""save_checkpoint, list_checkpoints, manage_checkpoint and export_weights."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, Field
 
+from tinker_mcp.errors import InvalidInputError
 from tinker_mcp.server.tools.replies import (
     STILL_RUNNING,
+    CheckpointPath,
     ClientId,
     ToolContext,
+    backend_label,
+    finite,
     workspace_of,
 )
-from tinker_mcp.training import operations
-from tinker_mcp.training.operations import CheckpointKind
+from tinker_mcp.training import checkpoints, exports
+from tinker_mcp.training.checkpoints import (
+    MAX_TTL_S,
+    MIN_TTL_S,
+    Action,
+    ListedKind,
+    Managed,
+    SavedKind,
+)
+from tinker_mcp.training.exports import ExportFormat
+
+if TYPE_CHECKING:
+    from tinker.types import Checkpoint
+
+Ttl = Annotated[int, Field(ge=MIN_TTL_S, le=MAX_TTL_S)]
+
+_SHOWN_CHARACTERS = 11_000  # of all rows together: a reply stays under 4k tokens
 
 
 class SavedCheckpoint(BaseModel):
@@ -31,12 +50,36 @@ class ListedCheckpoint(BaseModel):
     time: str
     size_bytes: int | None
     expires_at: str | None
+    is_public: bool
 
 
 class Checkpoints(BaseModel):
     backend: str
     checkpoints: list[ListedCheckpoint] = Field(description="Newest first.")
-    total: int
+    total: int = Field(description="Of every kind.")
+    next_offset: int | None
+    next_step: str
+
+
+class ManagedCheckpoint(BaseModel):
+    checkpoint: str
+    exists: bool
+    is_public: bool
+    expires_at: str | None
+    backend: str
+    next_step: str
+
+
+class ExportedWeights(BaseModel):
+    finished: bool
+    folder: str
+    files: list[str]
+    size_bytes: int | None
+    base_model: str | None
+    max_difference: float | None = Field(
+        description="Nats: the loaded export's logprobs against the checkpoint's."
+    )
+    backend: str | None
     next_step: str
 
 
@@ -47,15 +90,13 @@ async def save_checkpoint(
         str,
         Field(
             pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
-            description="Letters, digits, '.', '_' and '-'; unique for this client.",
+            description="Unique for this client.",
         ),
     ],
     kind: Annotated[
-        CheckpointKind, Field(description="state to train on from, sampler to sample from.")
+        SavedKind, Field(description="state to train on from, sampler to sample from.")
     ] = "both",
-    ttl_s: Annotated[
-        int | None, Field(ge=3600, le=315_360_000, description="Seconds until it expires.")
-    ] = None,
+    ttl_s: Annotated[Ttl | None, Field(description="Until it expires.")] = None,
 ) -> SavedCheckpoint:
     """Save a training client's current weights so that they outlive it. Stays until deleted.
 
@@ -63,20 +104,19 @@ async def save_checkpoint(
     create_training_client(checkpoint=...) with the state.
     """
     workspace = workspace_of(ctx)
-    paths = await operations.save_checkpoint(workspace, client_id, name, kind, ttl_s)
+    saved = await checkpoints.save(workspace, client_id, name, kind, ttl_s)
     client = workspace.client(client_id)
-    saved = paths or {}
-    if paths is None:
+    if saved is None:
         next_step = STILL_RUNNING.format(tool="save_checkpoint")
-    elif "sampler" in saved:
-        next_step = f'Call sample(checkpoint="{saved["sampler"]}", ...).'
+    elif saved.sampler is not None:
+        next_step = f'Call sample(checkpoint="{saved.sampler}", ...).'
     else:
-        next_step = f'Later: create_training_client(checkpoint="{saved["state"]}").'
+        next_step = f'Later: create_training_client(checkpoint="{saved.state}").'
     return SavedCheckpoint(
-        finished=paths is not None,
-        state=saved.get("state"),
-        sampler=saved.get("sampler"),
-        step=client.step,
+        finished=saved is not None,
+        state=saved and saved.state,
+        sampler=saved and saved.sampler,
+        step=client.step if saved is None else saved.step,
         backend=client.backend.label,
         next_step=next_step,
     )
@@ -84,33 +124,135 @@ async def save_checkpoint(
 
 async def list_checkpoints(
     ctx: ToolContext,
+    client_id: Annotated[str | None, Field(description="Only this client's.")] = None,
+    run_id: Annotated[str | None, Field(description="Or this run's: tinker://RUN/...")] = None,
+    kind: ListedKind | None = None,
     limit: Annotated[int, Field(ge=1, le=50)] = 20,
     offset: Annotated[int, Field(ge=0)] = 0,
 ) -> Checkpoints:
-    """List saved checkpoints of all training runs, newest first. Changes nothing, costs nothing.
+    """List saved checkpoints, newest first, of all runs or of one. Changes nothing, costs nothing.
 
     Next: create_training_client(checkpoint=...) for a state, sample(checkpoint=...) for a sampler.
     """
-    backend, found = await workspace_of(ctx).ask(
-        f"list_checkpoints {limit} {offset}",
-        lambda rest: rest.list_user_checkpoints(limit=limit, offset=offset),
-    )
-    listed = [
-        ListedCheckpoint(
-            checkpoint=c.tinker_path,
-            kind="state" if c.checkpoint_type == "training" else c.checkpoint_type,
-            time=c.time.isoformat(timespec="seconds"),
-            size_bytes=c.size_bytes,
-            expires_at=c.expires_at.isoformat(timespec="seconds") if c.expires_at else None,
-        )
-        for c in found.checkpoints
-    ]
-    total = found.cursor.total_count if found.cursor else len(listed)
+    workspace = workspace_of(ctx)
+    if client_id is not None:
+        if run_id is not None:
+            raise InvalidInputError(
+                "list_checkpoints got client_id and run_id.", next_step="Give one of them."
+            )
+        run_id = str(workspace.client(client_id).tinker_client.model_id)
+    page = await checkpoints.page(workspace, run_id, kind, limit, offset)
+    listed = [_listed(checkpoint) for checkpoint in page.checkpoints]
+    shown = _that_fit(listed)
+    is_whole = len(shown) == len(listed)
+    next_offset = page.next_offset if is_whole else page.positions[len(shown)]
+    if next_offset is not None:
+        next_step = f"There are more: call again with offset={next_offset}."
+    elif listed:
+        next_step = "Call create_training_client(checkpoint=...) or sample(checkpoint=...)."
+    else:
+        next_step = "None here: call save_checkpoint after training."
     return Checkpoints(
-        backend=backend.label,
-        checkpoints=listed,
-        total=total,
-        next_step="Call create_training_client(checkpoint=...) or sample(checkpoint=...)."
-        if listed
-        else "None yet: call save_checkpoint after training.",
+        backend=page.backend,
+        checkpoints=shown,
+        total=page.total,
+        next_offset=next_offset,
+        next_step=next_step,
     )
+
+
+async def manage_checkpoint(
+    ctx: ToolContext,
+    checkpoint: CheckpointPath,
+    action: Action,
+    ttl_s: Annotated[Ttl | None, Field(description="For set_ttl; null: for ever.")] = None,
+) -> ManagedCheckpoint:
+    """Publish, unpublish or delete a checkpoint, or set when it expires.
+
+    delete cannot be undone; publish lets anyone use the weights. Ask the user before either.
+    """
+    managed = await checkpoints.manage(workspace_of(ctx), checkpoint, action, ttl_s)
+    now = managed.now
+    return ManagedCheckpoint(
+        checkpoint=checkpoint,
+        exists=now is not None,
+        is_public=now is not None and now.public,
+        expires_at=_expiry(now) if now else None,
+        backend=managed.backend,
+        next_step=_after(managed, action),
+    )
+
+
+async def export_weights(
+    ctx: ToolContext,
+    checkpoint: CheckpointPath,
+    output_dir: Annotated[str, Field(min_length=1, description="A new or empty folder.")],
+    format: Annotated[
+        ExportFormat,
+        Field(description="adapter: for PEFT; merged: a whole Hugging Face model."),
+    ] = "adapter",
+) -> ExportedWeights:
+    """Write a checkpoint's weights into a local folder, and check them by loading them.
+
+    Takes a state, or a sampler that was saved together with one. Opens a temporary training run.
+    """
+    exported = await exports.export(workspace_of(ctx), checkpoint, output_dir, format)
+    if exported is None:
+        return ExportedWeights(
+            finished=False,
+            folder=output_dir,
+            files=[],
+            size_bytes=None,
+            base_model=None,
+            max_difference=None,
+            backend=backend_label(ctx),
+            next_step=STILL_RUNNING.format(tool="export_weights"),
+        )
+    loader = "PeftModel.from_pretrained" if format == "adapter" else "AutoModelForCausalLM"
+    return ExportedWeights(
+        finished=True,
+        folder=exported.folder,
+        files=exported.files,
+        size_bytes=exported.size_bytes,
+        base_model=exported.base_model,
+        max_difference=finite(exported.max_difference, 3),
+        backend=exported.backend,
+        next_step=f"{exported.remark}Load it with {loader}, or serve it with vLLM.",
+    )
+
+
+def _listed(checkpoint: Checkpoint) -> ListedCheckpoint:
+    return ListedCheckpoint(
+        checkpoint=checkpoint.tinker_path,
+        kind=checkpoints.kind_of(checkpoint),
+        time=checkpoint.time.isoformat(timespec="seconds"),
+        size_bytes=checkpoint.size_bytes,
+        expires_at=_expiry(checkpoint),
+        is_public=checkpoint.public,
+    )
+
+
+def _expiry(checkpoint: Checkpoint) -> str | None:
+    return checkpoint.expires_at.isoformat(timespec="seconds") if checkpoint.expires_at else None
+
+
+def _that_fit(listed: list[ListedCheckpoint]) -> list[ListedCheckpoint]:
+    """As many of the first as a reply has room for."""
+    room = _SHOWN_CHARACTERS
+    for position, row in enumerate(listed):
+        room -= len(row.model_dump_json())
+        if room < 0:
+            return listed[:position]
+    return listed
+
+
+def _after(managed: Managed, action: Action) -> str:
+    said = "" if managed.is_changed else "It was so already. "
+    for client_id in managed.left_without:
+        said += (
+            f"{client_id} had no later state and can no longer be recreated if it is lost: "
+            f'call save_checkpoint(client_id="{client_id}", name=...). '
+        )
+    if action == "publish":
+        return f"{said}Anyone can use it by its path; unpublish takes that back."
+    return f"{said}Call list_checkpoints to see what there is."

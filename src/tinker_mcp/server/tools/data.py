@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from tinker_mcp.errors import InvalidInputError
 from tinker_mcp.server.tools.replies import (
     STILL_RUNNING,
     Seed,
@@ -14,8 +15,8 @@ from tinker_mcp.server.tools.replies import (
     workspace_of,
 )
 from tinker_mcp.training import building
-from tinker_mcp.training.building import BuildPlan
-from tinker_mcp.training.datums import DatumSet
+from tinker_mcp.training.building import BuildPlan, Built
+from tinker_mcp.training.datums import DatumKind, DatumSet
 
 TrainOnWhat = Literal[
     "last_assistant_message",
@@ -26,9 +27,23 @@ TrainOnWhat = Literal[
 ]
 
 
+Advantages = Literal["centered", "normalized", "raw"]
+Columns = Annotated[
+    dict[str, str],
+    Field(description='Where names differ: {"prompt": "question"}.'),
+]
+
+
+class RewardedGroup(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    group_id: str
+    rewards: list[float] = Field(description="One a sample, in order.")
+
+
 class Tokens(BaseModel):
     total: int
-    trained: int = Field(description="Target tokens that count in the loss.")
+    trained: int
     shortest: int
     median: int
     longest: int
@@ -42,61 +57,56 @@ class BuiltDatums(BaseModel):
     eval_data_id: str | None = None
     eval_datums: int = 0
     eval_tokens: Tokens | None = None
-    base_model: str
+    base_model: str | None
     renderer: str | None = None
     backend: str | None = None
-    truncated: int = Field(
-        default=0, description="Conversations longer than max_length, cut at the end."
-    )
-    left_out: list[str] = Field(default=[], description="Rows skipped, at most ten shown.")
+    truncated: int = Field(default=0, description="Rows cut at max_length.")
+    left_out: list[str] = Field(default=[], description="At most ten.")
     left_out_count: int = 0
-    example: str | None = Field(
-        default=None, description="One datum's text; trained tokens stand between ⟦ and ⟧."
-    )
+    constant_groups: int = Field(default=0, description="All rewards equal: no gradient.")
+    example: str | None = Field(default=None, description="Trained tokens between ⟦ and ⟧.")
     next_step: str
 
 
 async def build_datums(
     ctx: ToolContext,
-    base_model: Annotated[str, Field(description="The model to train; see list_models.")],
-    path: Annotated[
-        str | None,
-        Field(description='JSONL file, one {"messages": [{"role", "content"}, ...]} a line.'),
-    ] = None,
+    base_model: Annotated[str | None, Field(description="Needed except for groups.")] = None,
+    path: Annotated[str | None, Field(description="JSONL, JSON, CSV or Parquet.")] = None,
     conversations: Annotated[
-        list[Any] | None,
-        Field(description="Instead of path: a list of such objects, or of lists of messages."),
+        list[Any] | None, Field(description="Or the rows, or lists of messages.")
     ] = None,
-    renderer: Annotated[
-        str | None, Field(description="Default: the one list_models recommends.")
-    ] = None,
-    train_on_what: Annotated[
-        TrainOnWhat, Field(description="Whose tokens count in the loss.")
-    ] = "all_assistant_messages",
-    max_length: Annotated[
-        int, Field(ge=2, description="Tokens a conversation may have; at most the model's context.")
-    ] = 2048,
+    groups: Annotated[list[RewardedGroup] | None, Field(description="For policy_gradient.")] = None,
+    kind: Annotated[DatumKind, Field(description="text: no chat format.")] = "supervised",
+    columns: Columns | None = None,
+    advantages: Advantages = "centered",
+    renderer: str | None = None,
+    train_on_what: TrainOnWhat = "all_assistant_messages",
+    max_length: Annotated[int, Field(ge=2, description="Longer rows are cut.")] = 2048,
     eval_share: Annotated[
-        float, Field(ge=0, lt=1, description="Share kept aside under an eval_data_id, e.g. 0.1.")
+        float, Field(ge=0, lt=1, description="Kept aside as eval_data_id, e.g. 0.1.")
     ] = 0.0,
-    seed: Annotated[Seed, Field(description="Chooses which conversations are kept aside.")] = 0,
+    seed: Seed = 0,
     reduction: Annotated[
-        Literal["none", "mean"],
-        Field(description="mean: each conversation's weights sum to 1, so all count alike."),
+        Literal["none", "mean"], Field(description="mean: each row's weights sum to 1.")
     ] = "none",
-    skip_invalid: Annotated[
-        bool, Field(description="Leave unusable rows out instead of refusing them.")
-    ] = False,
+    skip_invalid: bool = False,
 ) -> BuiltDatums:
-    """Turn conversations into training datums, kept in this server under a handle. Free.
+    """Turn a dataset, or sampled groups and your rewards, into training datums. Free.
 
-    Reads a JSONL file or inline conversations, renders them with the model's chat format and marks
-    which tokens are trained: look at `example` before you train. Set eval_share to keep some aside,
-    so that you can show whether the model got better. Next: create_training_client.
+    Look at `example` before you train. Next: create_training_client.
     """
+    if kind == "policy_gradient" or groups is not None:
+        _check_groups(kind, path, conversations, groups)
+        return await _policy_gradient(ctx, groups or [], advantages)
+    if base_model is None:
+        raise InvalidInputError(
+            f"kind={kind} needs base_model.", next_step="Call list_models to choose one."
+        )
     plan = BuildPlan(
+        kind,
         path,
         conversations,
+        columns or {},
         base_model,
         renderer,
         train_on_what,
@@ -108,13 +118,57 @@ async def build_datums(
     )
     built = await building.build(workspace_of(ctx), plan)
     if built is None:
-        next_step = STILL_RUNNING.format(tool="build_datums")
-        return BuiltDatums(
-            finished=False,
-            base_model=base_model,
-            backend=backend_label(ctx),
-            next_step=next_step,
+        return _unfinished(ctx, base_model)
+    return _reply(built)
+
+
+def _check_groups(kind: str, path: Any, conversations: Any, groups: Any) -> None:
+    if kind != "policy_gradient":
+        raise InvalidInputError(
+            f"groups do not go with kind={kind}.", next_step='Use kind="policy_gradient".'
         )
+    if not groups or path is not None or conversations is not None:
+        raise InvalidInputError(
+            "kind=policy_gradient is built from groups alone.",
+            next_step='Call sample with num_samples, then build_datums(kind="policy_gradient", '
+            'groups=[{"group_id": ..., "rewards": [...]}]).',
+        )
+
+
+async def _policy_gradient(
+    ctx: ToolContext, groups: list[RewardedGroup], advantages: Advantages
+) -> BuiltDatums:
+    from tinker_mcp.training import policy_gradient
+    from tinker_mcp.training.policy_gradient import GroupRewards
+
+    rewarded = [GroupRewards(group.group_id, tuple(group.rewards)) for group in groups]
+    built = await policy_gradient.build(workspace_of(ctx), rewarded, advantages)
+    data = built.data
+    return BuiltDatums(
+        finished=True,
+        data_id=data.data_id,
+        datums=len(data.datums),
+        tokens=_tokens(data),
+        base_model=data.base_model,
+        renderer=data.renderer,
+        backend=built.backend.label,
+        constant_groups=built.constant_groups,
+        example=data.example,
+        next_step=f'Call forward_backward(client_id, data_id="{data.data_id}", '
+        'loss_fn="importance_sampling" or "ppo") on the client that drew the samples.',
+    )
+
+
+def _unfinished(ctx: ToolContext, base_model: str) -> BuiltDatums:
+    return BuiltDatums(
+        finished=False,
+        base_model=base_model,
+        backend=backend_label(ctx),
+        next_step=STILL_RUNNING.format(tool="build_datums"),
+    )
+
+
+def _reply(built: Built) -> BuiltDatums:
     train, held_out = built.train, built.held_out
     return BuiltDatums(
         finished=True,
@@ -124,15 +178,23 @@ async def build_datums(
         eval_data_id=held_out.data_id if held_out else None,
         eval_datums=len(held_out.datums) if held_out else 0,
         eval_tokens=_tokens(held_out) if held_out else None,
-        base_model=base_model,
+        base_model=train.base_model,
         renderer=train.renderer,
         backend=built.backend.label,
         truncated=train.truncated + (held_out.truncated if held_out else 0),
         left_out=[str(problem)[:200] for problem in built.problems[:10]],
         left_out_count=len(built.problems),
         example=train.example,
-        next_step=f'Look at example, then call create_training_client(base_model="{base_model}").',
+        next_step=_NEXT[train.kind].format(model=train.base_model, data=train.data_id),
     )
+
+
+_OPEN = 'Look at example, then call create_training_client(base_model="{model}")'
+_NEXT: dict[DatumKind, str] = {
+    "supervised": f"{_OPEN}.",
+    "text": f"{_OPEN}.",
+    "preference": _OPEN + ', then forward_backward(data_id="{data}", loss_fn="dpo").',
+}
 
 
 def _tokens(data: DatumSet) -> Tokens:

@@ -9,19 +9,29 @@ import math
 from typing import Annotated, TypeAlias
 
 from mcp.server.mcpserver import Context
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from tinker_mcp.training.clients import Workspace
 
 ToolContext: TypeAlias = Context[Workspace]
 
-ClientId = Annotated[str, Field(description='A training client\'s handle, such as "client-1".')]
-DataId = Annotated[str, Field(description='A handle from build_datums, such as "data-1".')]
+ClientId = Annotated[str, Field(description='A handle: "client-1".')]
+DataId = Annotated[str, Field(description="From build_datums.")]
 CheckpointPath = Annotated[str, Field(pattern=r"^tinker://.+")]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-LearningRate = Annotated[
-    float, Field(gt=0, description="Adam's learning rate; list_models advises one with its source.")
-]
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    return value
+
+
+Whole: TypeAlias = Annotated[int, BeforeValidator(_no_bool)]
+Number: TypeAlias = Annotated[float, BeforeValidator(_no_bool)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
+LearningRate = Annotated[Number, Field(gt=0, le=10, description="list_models advises one.")]
+WeightDecay = Annotated[Number, Field(ge=0, le=1e30)]
+GradClipNorm = Annotated[Number, Field(ge=0, le=1e6, description="0: no clipping.")]
 
 
 def workspace_of(ctx: ToolContext) -> Workspace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from tinker_mcp.training.backend import Backend
 
 _PACKAGES = ("tinker-mcp", "tinker", "tinker-cookbook", "mcp", "torch", "transformers")
 _FREE_BYTES_WANTED = 3 * 2**30  # the default model, its conversion and some checkpoints
+_FREE_MEMORY_WANTED = 2 * 2**30  # the default model in float32 while it trains, and PyTorch
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")  # a container's own limit
 
 
 class Problem(BaseModel):
@@ -32,6 +36,8 @@ class Setup(BaseModel):
     state_folder: str
     model_cache: str
     free_disk_bytes: int
+    free_memory_bytes: int | None
+    is_memory_enough: bool | None
     problems: list[Problem]
     next_step: str
 
@@ -52,7 +58,7 @@ class Models(BaseModel):
 
 
 async def check_setup(ctx: ToolContext) -> Setup:
-    """Check versions, backend, API key, disk. Changes nothing, costs nothing, starts nothing.
+    """Check versions, backend, API key, disk and memory. Changes, costs and starts nothing.
 
     Call it first, and whenever another tool reports a backend error. Each problem comes with its
     fix. Next: list_models.
@@ -69,6 +75,16 @@ async def check_setup(ctx: ToolContext) -> Setup:
                 fix="Free some, or set TINKER_LOCAL_CACHE and TINKER_MCP_HOME to a larger disk.",
             )
         )
+    memory = await anyio.to_thread.run_sync(_free_memory_bytes)
+    is_memory_enough = None if memory is None else memory >= _FREE_MEMORY_WANTED
+    if settings.is_local and state != "running" and is_memory_enough is False:
+        problems.append(
+            Problem(
+                problem=f"Only {(memory or 0) / 2**30:.1f} GiB of memory are free; the default "
+                f"model wants {_FREE_MEMORY_WANTED / 2**30:.0f}.",
+                fix="Close something, or set TINKER_LOCAL_MODELS=tinker-local/tiny for a trial.",
+            )
+        )
     return Setup(
         backend=_label(settings, backend),
         backend_state=state,
@@ -77,6 +93,8 @@ async def check_setup(ctx: ToolContext) -> Setup:
         state_folder=str(settings.home),
         model_cache=str(settings.local_cache),
         free_disk_bytes=free,
+        free_memory_bytes=memory,
+        is_memory_enough=is_memory_enough,
         problems=problems,
         next_step="Mend the problems listed, then check again."
         if problems
@@ -87,8 +105,8 @@ async def check_setup(ctx: ToolContext) -> Setup:
 async def list_models(ctx: ToolContext) -> Models:
     """List the models that can be trained, with context length, renderer and learning-rate advice.
 
-    Starts the local backend if that is the one in use (seconds; the first time ever it fetches a
-    model, which takes longer). Costs nothing. Next: build_datums with one of the names.
+    Starts the local backend where that is in use; the first time ever it fetches a model, which
+    takes longer. Costs nothing. Next: build_datums.
     """
     backend, capabilities = await workspace_of(ctx).ask(
         "list_models", lambda rest: rest.get_server_capabilities()
@@ -142,6 +160,24 @@ def _versions() -> dict[str, str]:
 def _existing(folder: Path) -> Path:
     """The folder itself or the nearest one above it that exists."""
     return folder if folder.exists() else _existing(folder.parent)
+
+
+def _free_memory_bytes() -> int | None:
+    """What programs may still take: of the machine, or of the container if that is less."""
+    try:
+        kib = re.search(r"^MemAvailable:\s+(\d+) kB$", _MEMINFO.read_text(), re.MULTILINE)
+    except OSError:
+        return None  # not Linux
+    if kib is None:
+        return None
+    free = int(kib[1]) * 1024
+    try:
+        limit, used = (
+            int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current")
+        )
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return free
+    return min(free, max(limit - used, 0))
 
 
 def _describe(backend: Backend, name: str, max_context_length: int) -> Model:

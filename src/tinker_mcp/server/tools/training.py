@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import anyio.to_thread
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,9 +14,13 @@ from tinker_mcp.server.tools.replies import (
     CheckpointPath,
     ClientId,
     DataId,
+    GradClipNorm,
     LearningRate,
+    Number,
     Seed,
     ToolContext,
+    WeightDecay,
+    Whole,
     backend_label,
     finite,
     rounded,
@@ -24,13 +28,22 @@ from tinker_mcp.server.tools.replies import (
 )
 from tinker_mcp.training import models, operations
 from tinker_mcp.training.clients import NewClient, OpenClient
-from tinker_mcp.training.loop import StepResult, TrainLoop, TrainPlan
+from tinker_mcp.training.loop import StepResult, TrainPlan
+from tinker_mcp.training.losses import LossName
+from tinker_mcp.training.operations import Training
 
 if TYPE_CHECKING:
     import tinker
 
-LossName = Literal["cross_entropy"]
+LossFnConfig = Annotated[
+    dict[str, Number] | None,
+    Field(description="E.g. clip_low_threshold; dpo: beta."),
+]
 _POINTS_SHOWN = 40
+
+
+Beta = Annotated[Number, Field(ge=0, lt=1)]
+Epsilon = Annotated[Number, Field(gt=0, le=1)]
 
 
 class AdamStep(BaseModel):
@@ -38,12 +51,12 @@ class AdamStep(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    learning_rate: float = Field(gt=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-12, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    grad_clip_norm: float = Field(0.0, ge=0, description="0 clips nothing.")
+    learning_rate: LearningRate
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
+    eps: Epsilon = 1e-12
+    weight_decay: WeightDecay = 0.0
+    grad_clip_norm: GradClipNorm = 0.0
 
 
 class CreatedClient(BaseModel):
@@ -60,12 +73,13 @@ class CreatedClient(BaseModel):
 
 class Gradients(BaseModel):
     finished: bool
-    loss: float | None = Field(description="Nats a trained token (a unit of weight).")
+    loss: float | None = Field(description="Nats a trained token; dpo: a pair.")
     is_finite: bool | None
-    loss_sum: float | None = Field(description="What the backend sums: `loss:sum`.")
+    loss_sum: float | None = Field(description="The backend's `loss:sum`.")
+    metrics: dict[str, float | None]
     datums: int
     trained_tokens: int | None
-    step: int = Field(description="optim_steps sent for this client in this server.")
+    step: int = Field(description="optim_steps of this client so far.")
     grad_norm: float | None
     backend: str
     next_step: str
@@ -93,7 +107,8 @@ class Trained(BaseModel):
     lowest_loss: float | None
     is_finite: bool
     nan_at_step: int | None
-    losses: list[LossPoint] = Field(description="Nats a trained token; at most 40 points.")
+    losses: list[LossPoint]
+    last_metrics: dict[str, float | None]
     client_step: int
     backend: str
     next_step: str
@@ -101,26 +116,22 @@ class Trained(BaseModel):
 
 async def create_training_client(
     ctx: ToolContext,
-    base_model: Annotated[
-        str | None, Field(description="Start a new adapter on this model.")
-    ] = None,
+    base_model: Annotated[str | None, Field(description="For a new adapter.")] = None,
     checkpoint: Annotated[
         CheckpointPath | None,
-        Field(description="Or go on from a saved state, tinker://.../weights/..."),
+        Field(description="Or go on from a saved state."),
     ] = None,
-    rank: Annotated[int, Field(ge=1, le=512, description="LoRA rank.")] = 32,
-    seed: Annotated[Seed | None, Field(description="Makes the initial adapter repeatable.")] = None,
+    rank: Annotated[Whole, Field(ge=1, le=512)] = 32,
+    seed: Annotated[Seed | None, Field(description="Of the new adapter.")] = None,
     train_mlp: bool = True,
     train_attn: bool = True,
     train_unembed: bool = True,
-    load_optimizer: Annotated[
-        bool, Field(description="With checkpoint: also restore Adam's moments.")
-    ] = True,
+    load_optimizer: Annotated[bool, Field(description="Adam's moments too.")] = True,
 ) -> CreatedClient:
     """Open a LoRA training client, new or from a checkpoint, and get its handle.
 
-    Costs nothing by itself. rank, seed and train_* apply to a new adapter only; a checkpoint brings
-    its own. Next: forward_backward on held-out data for the loss before training, then train.
+    Free. rank, seed and train_* are a new adapter's; a checkpoint brings its own. Next:
+    forward_backward on held-out data for the loss before, then train.
     """
     if (base_model is None) == (checkpoint is None):
         raise InvalidInputError(
@@ -164,19 +175,16 @@ async def forward_backward(
     client_id: ClientId,
     data_id: DataId,
     loss_fn: LossName = "cross_entropy",
-    optim: Annotated[
-        AdamStep | None, Field(description="Also take this Adam step; sent together, not after.")
-    ] = None,
-    forward_only: Annotated[
-        bool, Field(description="Only compute the loss, for example on held-out data.")
-    ] = False,
-    offset: Annotated[int, Field(ge=0, description="First datum to use.")] = 0,
-    limit: Annotated[int | None, Field(ge=1, description="How many; default all.")] = None,
+    loss_fn_config: LossFnConfig = None,
+    optim: Annotated[AdamStep | None, Field(description="Also take this Adam step.")] = None,
+    forward_only: Annotated[bool, Field(description="Loss without gradient.")] = False,
+    offset: Annotated[Whole, Field(ge=0, description="First datum.")] = 0,
+    limit: Annotated[Whole | None, Field(ge=1, description="Default: all.")] = None,
 ) -> Gradients:
-    """Compute the loss on datums and accumulate its gradient; with optim, step on it as well.
+    """Compute a loss on datums and accumulate its gradient; with optim, step on it as well.
 
-    Changes the client unless forward_only. Spends training tokens on the hosted service. For many
-    steps use train, which overlaps them. Next: optim_step if you gave no optim.
+    Changes the client unless forward_only, and spends training tokens; for many steps use train.
+    cross_entropy takes supervised and text datums, dpo preference, all others policy_gradient.
     """
     workspace = workspace_of(ctx)
     data = workspace.datums(data_id)
@@ -187,10 +195,13 @@ async def forward_backward(
                 "forward_only computes no gradient for optim to step on.",
                 next_step="Leave one of the two out.",
             )
-        scored = await operations.forward(workspace, client_id, data, datums, loss_fn)
+        scored = await operations.forward(
+            workspace, client_id, data, datums, loss_fn, loss_fn_config
+        )
     else:
+        adam = _adam(optim) if optim else None
         scored = await operations.forward_backward(
-            workspace, client_id, data, datums, loss_fn, _adam(optim) if optim else None
+            workspace, client_id, data, datums, loss_fn, loss_fn_config, adam
         )
     client = workspace.client(client_id)
     if scored is None:
@@ -208,6 +219,7 @@ async def forward_backward(
         loss=finite(scored.loss) if scored else None,
         is_finite=math.isfinite(scored.loss) if scored else None,
         loss_sum=finite(scored.loss_sum) if scored else None,
+        metrics=_metrics(scored.metrics) if scored else {},
         datums=len(datums),
         trained_tokens=scored.trained_tokens if scored else None,
         step=client.step,
@@ -221,16 +233,15 @@ async def optim_step(
     ctx: ToolContext,
     client_id: ClientId,
     learning_rate: LearningRate,
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9,
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95,
-    eps: Annotated[float, Field(gt=0)] = 1e-12,
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0,
-    grad_clip_norm: Annotated[float, Field(ge=0, description="0 clips nothing.")] = 0.0,
+    beta1: Beta = 0.9,
+    beta2: Beta = 0.95,
+    eps: Epsilon = 1e-12,
+    weight_decay: WeightDecay = 0.0,
+    grad_clip_norm: GradClipNorm = 0.0,
 ) -> Stepped:
     """Apply the accumulated gradients with Adam. Changes the client; call forward_backward first.
 
-    Prefer forward_backward with optim, or train: they send both requests at once. Next: sample, or
-    forward_backward again.
+    Prefer forward_backward with optim, or train: they send both requests at once.
     """
     workspace = workspace_of(ctx)
     adam = AdamStep(
@@ -259,44 +270,50 @@ async def train(
     ctx: ToolContext,
     client_id: ClientId,
     data_id: DataId,
-    steps: Annotated[int, Field(ge=1, description="Optimizer steps in all.")],
-    batch_size: Annotated[int, Field(ge=1, description="Datums a step.")],
+    steps: Annotated[Whole, Field(ge=1, le=1_000_000)],
+    batch_size: Annotated[Whole, Field(ge=1, description="Datums a step; dpo: even.")],
     learning_rate: LearningRate,
     loss_fn: LossName = "cross_entropy",
-    seed: Annotated[Seed, Field(description="Chooses the order of the data.")] = 0,
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0,
-    grad_clip_norm: Annotated[float, Field(ge=0, description="0 clips nothing.")] = 0.0,
+    loss_fn_config: LossFnConfig = None,
+    seed: Annotated[Seed, Field(description="Of the data's order.")] = 0,
+    weight_decay: WeightDecay = 0.0,
+    grad_clip_norm: GradClipNorm = 0.0,
 ) -> Trained:
     """Take many steps, each a forward_backward and an optim_step, with the requests overlapped.
 
-    Changes the client; spends training tokens on the hosted service. Answers after at most 45 s: as
-    long as finished is false, call again with exactly the same arguments and it goes on where it
-    was. The data is shuffled anew each epoch. Next: forward_backward(forward_only=true) on held-out
-    data, sample, save_checkpoint.
+    Changes the client and spends training tokens; while finished is false, call again with the same
+    arguments. Once finished the same call only returns its result: to train on, give another seed.
     """
     workspace = workspace_of(ctx)
     adam = AdamStep(
         learning_rate=learning_rate, weight_decay=weight_decay, grad_clip_norm=grad_clip_norm
     )
-    plan = TrainPlan(data_id, steps, batch_size, _adam(adam), loss_fn, seed)
+    config = tuple(sorted((loss_fn_config or {}).items()))
+    plan = TrainPlan(data_id, steps, batch_size, _adam(adam), loss_fn, seed, config)
 
     async def report(result: StepResult) -> None:
         message = f"step {result.step} of {steps}: loss {result.loss:.4f}"
         await ctx.report_progress(result.step, steps, message)
 
-    loop = await operations.train(workspace, client_id, plan, report)
-    return _trained(workspace.client(client_id), loop)
+    training = await operations.train(workspace, client_id, plan, report)
+    return _trained(workspace.client(client_id), plan, training)
 
 
-def _trained(client: OpenClient, loop: TrainLoop) -> Trained:
-    results = loop.results
+def _trained(client: OpenClient, plan: TrainPlan, training: Training) -> Trained:
+    results = training.loop.results if training.loop else []
     finite = [r for r in results if math.isfinite(r.loss)]
     broken = next((r.step for r in results if not math.isfinite(r.loss)), None)
-    if not loop.is_finished:
+    is_finished = training.loop is not None and training.loop.is_finished
+    if not is_finished:
         next_step = STILL_RUNNING.format(tool="train")
     elif broken is not None:
         next_step = (
             "The loss is not finite: start again from a checkpoint, with a tenth of the rate."
+        )
+    elif training.was_finished:
+        next_step = (
+            "This plan was finished before; this call trained nothing. To train on, call train "
+            f"with another seed, such as {plan.seed + 1}."
         )
     else:
         next_step = (
@@ -304,15 +321,16 @@ def _trained(client: OpenClient, loop: TrainLoop) -> Trained:
             f'forward_only=true), sample(client_id="{client.client_id}", ...), save_checkpoint.'
         )
     return Trained(
-        finished=loop.is_finished,
+        finished=is_finished,
         steps_done=len(results),
-        steps=loop.plan.steps,
+        steps=plan.steps,
         first_loss=rounded(finite[0].loss) if finite else None,
         last_loss=rounded(finite[-1].loss) if finite else None,
         lowest_loss=rounded(min(r.loss for r in finite)) if finite else None,
         is_finite=broken is None,
         nan_at_step=broken,
         losses=_thinned(finite),
+        last_metrics=_metrics(results[-1].metrics) if results else {},
         client_step=client.step,
         backend=client.backend.label,
         next_step=next_step,
@@ -339,3 +357,7 @@ def _adam(step: AdamStep) -> tinker.AdamParams:
 def _grad_norm(metrics: dict[str, float] | None) -> float | None:
     norm = (metrics or {}).get("grad_norm")
     return None if norm is None else finite(norm)
+
+
+def _metrics(metrics: dict[str, float]) -> dict[str, float | None]:
+    return {name: finite(value) for name, value in metrics.items()}

@@ -1,0 +1,1 @@
+"""The ecosystem's own validators against our server: `python -m tests.validators`."""
