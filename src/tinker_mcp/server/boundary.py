@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ class StrictTool(Tool):
         self, arguments: dict[str, Any], context: Any, convert_result: bool = False
     ) -> Any:
         try:
-            validated = self.fn_metadata.validate_arguments(arguments)
+            validated = self._validated(arguments)
         except ValidationError as error:
             raise ToolError(self._explain(error)) from error
         live = LiveContext.of(context)
@@ -127,6 +128,27 @@ class StrictTool(Tool):
                 "This is a fault of tinker-mcp; its log (stderr) has the details. "
                 "Call check_setup, then try again."
             ) from error
+
+    def _validated(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments as the function takes them; none is coerced to another type.
+
+        Raises:
+            ValidationError: One is unknown, missing or not what the schema says.
+        """
+        decoded = {name: self._decoded(name, value) for name, value in arguments.items()}
+        # As JSON: there, strict takes a string for a member of an enum, and nothing for a number.
+        model = self.fn_metadata.arg_model.model_validate_json(json.dumps(decoded), strict=True)
+        return model.model_dump_one_level()
+
+    def _decoded(self, name: str, value: Any) -> Any:
+        """An object or list that came as JSON text, as Claude Desktop sends them."""
+        takes = self.parameters["properties"].get(name, {}).get("type")
+        if takes not in ("object", "array") or not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
 
     def _reply(self, result: Any) -> Any:
         converted = self.fn_metadata.convert_result(result)

@@ -53,8 +53,8 @@ def _types(field: Schema, definitions: Schema) -> list[str]:
 
 
 def _short(schema: Schema) -> Schema:
-    named = {_BOUNDS.get(key, key): value for key, value in schema.items() if key != "title"}
-    short = _without_default_null(named)
+    whole = _without_default_null({key: v for key, v in schema.items() if key != "title"})
+    short = {_BOUNDS.get(key, key): value for key, value in whole.items()}
     if "properties" in short:
         short.pop("description", None)  # a model's docstring, for readers of the code
     for key, value in short.items():

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tinker_mcp.errors import InvalidInputError, NotFoundError
-from tinker_mcp.training.clients import OpenClient, Workspace, told_about
+from tinker_mcp.training.clients import OpenClient, Workspace
+from tinker_mcp.training.order import Work, submitted_in_turn
 
 if TYPE_CHECKING:
     import tinker
@@ -76,27 +77,26 @@ async def save(
     workspace: Workspace, client_id: str, name: str, kind: SavedKind, ttl_s: int | None
 ) -> Saved | None:
     """Save a client's weights; None when it takes longer than a call may."""
-    deadline = workspace.deadline()
-    client = await workspace.live_client(client_id)
 
-    async def start() -> Saved:
-        step = client.step
-        saving: dict[str, tinker.APIFuture[Any]] = {}
-        # Both are submitted before either is awaited.
-        if kind in ("state", "both"):
-            saving["state"] = client.tinker_client.save_state(name, ttl_seconds=ttl_s)
-        if kind in ("sampler", "both"):
-            saving["sampler"] = client.tinker_client.save_weights_for_sampler(
-                name, ttl_seconds=ttl_s
-            )
-        paths = {saved_kind: str((await future).path) for saved_kind, future in saving.items()}
-        if "state" in paths:
-            client.last_checkpoint, client.saved_at_step = paths["state"], step
-        return Saved(step, paths.get("state"), paths.get("sampler"))
+    async def prepare(client: OpenClient) -> Work[Saved]:
+        async def start() -> Saved:
+            step = client.step
+            saving: dict[str, tinker.APIFuture[Any]] = {}
+            # Both are submitted before either is awaited.
+            if kind in ("state", "both"):
+                saving["state"] = client.tinker_client.save_state(name, ttl_seconds=ttl_s)
+            if kind in ("sampler", "both"):
+                saving["sampler"] = client.tinker_client.save_weights_for_sampler(
+                    name, ttl_seconds=ttl_s
+                )
+            paths = {saved_kind: str((await future).path) for saved_kind, future in saving.items()}
+            if "state" in paths:
+                client.last_checkpoint, client.saved_at_step = paths["state"], step
+            return Saved(step, paths.get("state"), paths.get("sampler"))
 
-    key = ("save_checkpoint", name, kind, ttl_s)
-    with told_about(client):
-        return await client.unfinished.finish(key, start, client.backend, deadline)
+        return Work(client.unfinished, ("save_checkpoint", name, kind, ttl_s), start)
+
+    return await submitted_in_turn(workspace, client_id, workspace.deadline(), prepare)
 
 
 async def page(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import anyio.to_thread
 
 from tinker_mcp.errors import InvalidInputError, NotFoundError
-from tinker_mcp.training import datums, marking, rendering
+from tinker_mcp.training import checks, datums, marking, rendering
 from tinker_mcp.training.backend import Backend
 from tinker_mcp.training.clients import Workspace
 from tinker_mcp.training.datums import DatumSet
@@ -209,6 +209,13 @@ ADVANTAGES: dict[str, Callable[[TrajectoryGroup], torch.Tensor]] = {
 
 
 def _keep(workspace: Workspace, model: ModelRenderer, made: Sequence[tinker.Datum]) -> DatumSet:
+    for number, datum in enumerate(made):
+        what = checks.datum_problem(datum, model.vocabulary_size)
+        if what:
+            raise InvalidInputError(
+                f"Datum {number} of these groups cannot be trained on: {what}.",
+                next_step="Sample the groups again with this model, and give finite rewards.",
+            )
     data = DatumSet(
         data_id=workspace.next_id("data"),
         base_model=model.model_name,
