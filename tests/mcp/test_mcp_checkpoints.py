@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -32,6 +33,24 @@ async def test_a_clients_checkpoints_are_listed_alone_newest_first(settings: Set
     assert set(paths[2:]) == {one["state"], one["sampler"]}
     assert (listed["total"], listed["next_offset"]) == (4, None)
     assert by_run["checkpoints"] == listed["checkpoints"]
+
+
+async def test_weights_are_saved_after_the_steps_that_were_asked_for_before(
+    settings: Settings,
+) -> None:
+    async with in_memory(settings) as agent:
+        client_id, data_id = await agent.new_client(), (await agent.new_data())["data_id"]
+
+        async def step(limit: int) -> None:
+            asked = {"client_id": client_id, "data_id": data_id, "limit": limit}
+            await agent.call("forward_backward", **asked, optim={"learning_rate": 0.01})
+
+        saving = agent.call("save_checkpoint", client_id=client_id, name="two")
+        _, _, kept, _ = await asyncio.gather(step(1), step(2), saving, step(3))
+        clients = await agent.call("list_clients")
+    [client] = [row for row in clients["clients"] if row["client_id"] == client_id]
+    assert kept["step"] == 2
+    assert (client["saved_at_step"], client["step"]) == (2, 3)
 
 
 async def test_pages_of_one_kind_meet_without_a_gap(settings: Settings) -> None:
