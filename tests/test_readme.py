@@ -23,7 +23,7 @@ def test_the_first_two_commands_are_the_demo_and_the_tests() -> None:
     blocks = re.findall(r"```\n(.*?)\n```", TEXT, re.DOTALL)
     assert blocks[:2] == [
         "pip install -e . && tinker-mcp demo",
-        "pip install -e '.[dev]' && pytest",
+        "pip install -e '.[dev]' && pytest -n auto",
     ]
 
 

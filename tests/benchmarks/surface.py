@@ -39,7 +39,7 @@ OURS = ("-m", "tinker_mcp", "serve")
 BARE = ("-m", "tests.benchmarks.bare_server")
 VISIBLE = ("name", "description", "inputSchema")  # what hosts show the model of a tool
 TINY = "tinker-local/tiny"
-DATUM_CHARACTERS = 256  # the tiny model's tokens are bytes
+DATUM_CHARACTERS = 128  # the tiny model's tokens are bytes
 STEP_S = 0.1
 LEARNING_RATE = 1e-4
 BOUND_S = 60.0
@@ -293,7 +293,7 @@ async def _datums_a_step(trainer: tinker.TrainingClient) -> int:
     """How many datums make a step of about STEP_S, measured on the SDK's side."""
     count = 8
     for _ in range(4):  # the time a datum falls as there are more of them
-        (found,) = await _medians([SdkAlone(trainer, _texts(count)).in_turn], 3)
+        (found,) = await _medians([SdkAlone(trainer, _texts(count)).in_turn], 5)
         count = max(1, round(count * 1e3 * STEP_S / found))
     return count
 

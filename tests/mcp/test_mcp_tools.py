@@ -140,8 +140,9 @@ async def test_no_reply_and_no_file_shows_the_key(settings: Settings, home_serve
         (
             "optim_step",
             {"client_id": "client-1", "learning_rate": "inf"},
-            "learning_rate='inf': Input should be a finite number",
+            "learning_rate='inf': Input should be a valid number",
         ),
+        ("search_docs", {"query": "x", "limit": "3"}, "limit='3': Input should be a valid integer"),
         (
             "optim_step",
             {"client_id": "client-1", "learning_rate": -1},

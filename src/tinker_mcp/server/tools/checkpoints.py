@@ -125,7 +125,10 @@ async def save_checkpoint(
 async def list_checkpoints(
     ctx: ToolContext,
     client_id: Annotated[str | None, Field(description="Only this client's.")] = None,
-    run_id: Annotated[str | None, Field(description="Or this run's: tinker://RUN/...")] = None,
+    run_id: Annotated[
+        str | None,
+        Field(pattern=r"^[A-Za-z0-9._:-]+$", description="Or this run's: tinker://RUN/..."),
+    ] = None,
     kind: ListedKind | None = None,
     limit: Annotated[int, Field(ge=1, le=50)] = 20,
     offset: Annotated[int, Field(ge=0)] = 0,

@@ -50,7 +50,7 @@ class ClosedClient(BaseModel):
 async def list_clients(ctx: ToolContext) -> Clients:
     """List open training clients and all handles of this server. Changes nothing, costs nothing.
 
-    Call it when you lost track. Next: go on with a handle, or close_client.
+    Next: go on with a handle, or close_client.
     """
     workspace = workspace_of(ctx)
     open_clients = list(workspace.clients.values())

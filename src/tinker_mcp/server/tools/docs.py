@@ -29,7 +29,7 @@ async def search_docs(
 ) -> DocsFound:
     """Search the manual offline: pitfalls, losses, hyper-parameters, errors, tools, workflows.
 
-    Changes nothing, costs nothing. Next: read a result's uri as a resource for the whole page.
+    Free. A result's uri is a resource with the whole page.
     """
     found = await anyio.to_thread.run_sync(lambda: docs.index().search(query, limit))
     hits = [

@@ -51,10 +51,8 @@ class DatasetReport(BaseModel):
 
 async def inspect_dataset(
     ctx: ToolContext,
-    path: Annotated[str, Field(description="A JSONL, JSON, CSV or Parquet file.")],
-    base_model: Annotated[
-        str | None, Field(description="Counts tokens and shows the loss mask for it.")
-    ] = None,
+    path: Annotated[str, Field(description="JSONL, JSON, CSV or Parquet.")],
+    base_model: Annotated[str | None, Field(description="For tokens and the loss mask.")] = None,
     columns: Columns | None = None,
     max_length: Annotated[int, Field(ge=2, description="Longer rows are a problem.")] = 2048,
 ) -> DatasetReport:

@@ -17,7 +17,7 @@ ToolContext: TypeAlias = Context[Workspace]
 
 ClientId = Annotated[str, Field(description='A handle: "client-1".')]
 DataId = Annotated[str, Field(description="From build_datums.")]
-CheckpointPath = Annotated[str, Field(pattern=r"^tinker://.+")]
+CheckpointPath = Annotated[str, Field(pattern=r"^tinker://[!-~]+$")]
 
 
 def _no_bool(value: object) -> object:

@@ -60,8 +60,7 @@ class Models(BaseModel):
 async def check_setup(ctx: ToolContext) -> Setup:
     """Check versions, backend, API key, disk and memory. Changes, costs and starts nothing.
 
-    Call it first, and whenever another tool reports a backend error. Each problem comes with its
-    fix. Next: list_models.
+    Call it first, and after any backend error. Next: list_models.
     """
     connector = workspace_of(ctx).connector
     settings = connector.settings
