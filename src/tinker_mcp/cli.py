@@ -82,7 +82,7 @@ _backend = click.option(
 @contextlib.contextmanager
 def _no_collections() -> Iterator[None]:
     """Leave the garbage collector out, and what is made meanwhile out of its later rounds."""
-    gc.disable()  # loading hundreds of modules makes no garbage; looking for it takes a sixth
+    gc.disable()  # loading hundreds of modules makes no garbage; looking for it takes an eighth
     try:
         yield
     finally:
