@@ -178,7 +178,7 @@ def test_a_signal_ends_it_while_a_client_listens(number: signal.Signals, free_ho
     [
         (["--host", "0.0.0.0"], {}, "Set TINKER_MCP_TOKEN"),  # noqa: S104 - it is refused
         (["--host", "192.0.2.1"], {"TINKER_MCP_TOKEN": TOKEN}, "Cannot listen on 192.0.2.1:0"),
-        ([], {"TINKER_MCP_TOKEN": "short"}, "at least 16 visible ASCII"),
+        ([], {"TINKER_MCP_TOKEN": "short"}, "16 or more visible ASCII"),
     ],
 )
 def test_an_address_or_a_token_that_cannot_be_used_ends_it_with_a_sentence(
