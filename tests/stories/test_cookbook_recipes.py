@@ -167,6 +167,6 @@ def test_train_on_policy_draws_the_student_to_its_teacher(
     divergences = finished.series("teacher_kl")
     assert len(divergences) == 10
     assert divergences[0] > 2  # half of what the student says, its teacher never would
-    assert min(divergences[-3:]) < divergences[0] / 2  # of 32 samples a step, so it wavers
+    assert divergences[-1] < divergences[0] / 4
     assert max(finished.series("optim/kl_sample_train_v2")) < 1e-6
     _assert_checkpoints_listed(rest_client, finished)
