@@ -21,8 +21,8 @@ from tinker_local.ops import BaseModelInfo
 
 _PROBE = "The river that flows through the capital of France is the Seine; that of England"
 
-_LOGITS_MAY_DIFFER = 0.1
-"""Relative, in the norm: four times what bfloat16 makes of 30 layers computed in another order."""
+_LOGITS_MAY_DIFFER = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Relative, in the norm. 30 layers in another order differ by 1.3e-6, in bfloat16 by 0.024."""
 
 
 class BaseModel:
@@ -75,7 +75,7 @@ class BaseModel:
                 f"{self.info.name} cannot be served: {error.problem}", error.next_step
             ) from error
         difference = float((logits - expected).norm() / expected.norm())
-        if not difference < _LOGITS_MAY_DIFFER:
+        if not difference < _LOGITS_MAY_DIFFER[self.head.weight.dtype]:
             raise ModelFolderError(
                 f"{self.info.name} ({type(self._causal_lm).__name__}) computes its logits in a "
                 f"way that tinker-local does not know (relative difference {difference:.2g}).",
