@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -101,6 +102,17 @@ def test_a_backend_started_by_hand_stays(own_home: Path, tmp_path: Path) -> None
     with pytest.raises(psutil.TimeoutExpired):
         psutil.Process(server.pid).wait(3)
     assert server.stop() == 0
+
+
+def test_servers_that_start_a_backend_at_once_share_its_pipe(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as starting:
+        for number in range(50):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            ends = list(starting.map(reading_end, [folder] * 8))
+            assert len({os.fstat(end).st_ino for end in ends}) == 1
+            for end in ends:
+                os.close(end)
 
 
 def test_holding_on_needs_a_backend_that_listens(tmp_path: Path) -> None:

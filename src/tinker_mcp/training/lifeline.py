@@ -22,10 +22,10 @@ def reading_end(folder: Path) -> int:
         OSError: The folder cannot be written.
     """
     pipe = folder / _PIPE
-    if not pipe.is_fifo():
+    if pipe.exists() and not pipe.is_fifo():  # never the one that another process just made
         pipe.unlink(missing_ok=True)
-        with contextlib.suppress(FileExistsError):  # another process was as quick
-            os.mkfifo(pipe, 0o600)
+    with contextlib.suppress(FileExistsError):
+        os.mkfifo(pipe, 0o600)
     return os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # without a writer it would block
 
 
