@@ -1,0 +1,266 @@
+"""Runs, their metrics, checkpoints and events.
+
+A worker writes under a lease: once a newer worker has taken the run over, every write of the older
+one raises LeaseLostError and changes nothing. NaN and infinities are kept (JSON as Python has it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tinker_mcp.errors import NotFoundError
+from tinker_mcp.store import database
+from tinker_mcp.store.rows import (
+    CheckpointRow,
+    EventKind,
+    EventRow,
+    MetricKind,
+    MetricRow,
+    RunRow,
+    StopAsked,
+)
+
+FILE_NAME = "runs.sqlite3"
+
+
+class LeaseLostError(Exception):
+    """Another worker has taken the run over; this one must end."""
+
+
+class RunStore:
+    """The runs of one home. Not for several threads: each opens its own."""
+
+    def __init__(self, home: Path) -> None:
+        self._connection = database.connect(home / FILE_NAME)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> RunStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Whoever starts, watches and stops runs
+
+    def add(self, run_id: str, spec: str, idempotency_key: str | None = None) -> RunRow:
+        """Keep a new run, in state `starting`; the one of the same key where there is one."""
+        now = time.time()
+        with self._writing():
+            self._connection.execute(
+                "INSERT INTO runs (run_id, spec, state, created_at, heartbeat_at, idempotency_key)"
+                " VALUES (?, ?, 'starting', ?, ?, ?) ON CONFLICT (idempotency_key) DO NOTHING",
+                (run_id, spec, now, now, idempotency_key),
+            )
+        known = self.by_key(idempotency_key) if idempotency_key else None
+        return known or self.get(run_id)
+
+    def get(self, run_id: str) -> RunRow:
+        """One run.
+
+        Raises:
+            NotFoundError: There is none of this id.
+        """
+        row = self._connection.execute("SELECT * FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+        if row is None:
+            newest = ", ".join(run.run_id for run in self.newest(3)) or "there is none yet"
+            raise NotFoundError(
+                f"No run {run_id!r}; the newest: {newest}.",
+                next_step="Call list_runs, or start_run to start one.",
+            )
+        return RunRow(**row)
+
+    def by_key(self, idempotency_key: str) -> RunRow | None:
+        """The run that was started with this key."""
+        row = self._connection.execute(
+            "SELECT * FROM runs WHERE idempotency_key = ?", (idempotency_key,)
+        ).fetchone()
+        return None if row is None else RunRow(**row)
+
+    def newest(self, limit: int = -1) -> list[RunRow]:
+        """Runs, the newest first; all of them by default."""
+        rows = self._connection.execute(
+            "SELECT * FROM runs ORDER BY created_at DESC, run_id LIMIT ?", (limit,)
+        )
+        return [RunRow(**row) for row in rows]
+
+    def ask_to_stop(self, run_id: str, how: StopAsked | None) -> None:
+        """Have its worker stop after the steps that are on their way; None takes it back."""
+        with self._writing():
+            self._connection.execute(
+                "UPDATE runs SET stop_asked = ? WHERE run_id = ?", (how, run_id)
+            )
+
+    def set_spec(self, run_id: str, spec: str) -> None:
+        """Replace what a run does: a resumed one may get more steps or money."""
+        with self._writing():
+            self._connection.execute("UPDATE runs SET spec = ? WHERE run_id = ?", (spec, run_id))
+
+    def take(self, run_id: str, lease: str, pid: int | None, *, before: str | None) -> bool:
+        """Give a run to a new worker, if `before` still is its lease.
+
+        Metrics after its last checkpoint are dropped with it: they will come again. Its state is
+        `starting` then, and what ended it is forgotten.
+
+        Returns:
+            Whether it was given.
+        """
+        now = time.time()
+        with self._writing():
+            taken = self._connection.execute(
+                "UPDATE runs SET lease = ?, pid = ?, state = 'starting', reason = NULL,"
+                " detail = NULL, stop_asked = NULL, started_at = ?, ended_at = NULL,"
+                " heartbeat_at = ?, step = (SELECT COALESCE(MAX(step), 0) FROM checkpoints"
+                " WHERE checkpoints.run_id = runs.run_id) WHERE run_id = ? AND lease IS ?",
+                (lease, pid, now, now, run_id, before),
+            ).rowcount
+            if taken:
+                self._connection.execute(
+                    "DELETE FROM metrics WHERE run_id = ?1 AND"
+                    " step > (SELECT step FROM runs WHERE run_id = ?1)",
+                    (run_id,),
+                )
+        return bool(taken)
+
+    # Its worker
+
+    def beat(self, run_id: str, lease: str, pid: int) -> StopAsked | None:
+        """Give a sign of life; answers whether somebody asked to stop."""
+        with self._under(run_id, lease):
+            self._connection.execute(
+                "UPDATE runs SET heartbeat_at = ?, pid = ? WHERE run_id = ?",
+                (time.time(), pid, run_id),
+            )
+        return self.get(run_id).stop_asked
+
+    def move(
+        self,
+        run_id: str,
+        lease: str,
+        state: str,
+        *,
+        reason: str | None = None,
+        detail: str | None = None,
+    ) -> None:
+        """Write a new state, with an event. `ended_at` is set unless it is an active one."""
+        now = time.time()
+        is_active = state in ("starting", "running", "waiting")
+        with self._under(run_id, lease):
+            self._connection.execute(
+                "UPDATE runs SET state = ?, reason = ?, detail = ?, heartbeat_at = ?,"
+                " ended_at = ? WHERE run_id = ?",
+                (state, reason, detail, now, None if is_active else now, run_id),
+            )
+            what = " ".join(word for word in (state, reason and f"({reason})", detail) if word)
+            self._insert_event(run_id, "state", what)
+
+    def spend(self, run_id: str, lease: str, tokens: int, usd: float) -> None:
+        """Count tokens that are about to be submitted: before, so that none is ever forgotten."""
+        with self._under(run_id, lease):
+            self._connection.execute(
+                "UPDATE runs SET tokens = tokens + ?, usd = usd + ? WHERE run_id = ?",
+                (tokens, usd, run_id),
+            )
+
+    def record(
+        self, run_id: str, lease: str, kind: MetricKind, step: int, numbers: Mapping[str, float]
+    ) -> None:
+        """Write the numbers of a step, over those of an earlier time; `train` moves the run on."""
+        with self._under(run_id, lease):
+            self._connection.execute(
+                "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?, ?)",
+                (run_id, kind, step, time.time(), json.dumps(dict(numbers))),
+            )
+            if kind == "train":
+                self._connection.execute(
+                    "UPDATE runs SET step = ? WHERE run_id = ?", (step, run_id)
+                )
+
+    def record_checkpoint(
+        self, run_id: str, lease: str, step: int, state_path: str, sampler_path: str, is_final: bool
+    ) -> None:
+        """Write what a resume begins with."""
+        with self._under(run_id, lease):
+            self._connection.execute(
+                "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?)",
+                (run_id, step, time.time(), state_path, sampler_path, is_final),
+            )
+
+    def tell(self, run_id: str, lease: str, kind: EventKind, what: str) -> None:
+        """Keep an event."""
+        with self._under(run_id, lease):
+            self._insert_event(run_id, kind, what)
+
+    # Everybody
+
+    def metrics(self, run_id: str, kind: MetricKind) -> list[MetricRow]:
+        """By step, up to the one that the run is at."""
+        rows = self._connection.execute(
+            "SELECT kind, step, at, numbers FROM metrics WHERE run_id = ? AND kind = ?"
+            " ORDER BY step",
+            (run_id, kind),
+        )
+        return [MetricRow(r["kind"], r["step"], r["at"], json.loads(r["numbers"])) for r in rows]
+
+    def checkpoints(self, run_id: str) -> list[CheckpointRow]:
+        """By step."""
+        rows = self._connection.execute(
+            "SELECT step, at, state_path, sampler_path, is_final FROM checkpoints"
+            " WHERE run_id = ? ORDER BY step",
+            (run_id,),
+        )
+        return [CheckpointRow(**{**row, "is_final": bool(row["is_final"])}) for row in rows]
+
+    def events(self, run_id: str, after: int = 0) -> list[EventRow]:
+        """In order of time, those with a higher id than `after`."""
+        rows = self._connection.execute(
+            "SELECT event_id, at, kind, what FROM events WHERE run_id = ? AND event_id > ?"
+            " ORDER BY event_id",
+            (run_id, after),
+        )
+        return [EventRow(**row) for row in rows]
+
+    def _insert_event(self, run_id: str, kind: EventKind, what: str) -> None:
+        self._connection.execute(
+            "INSERT INTO events (run_id, at, kind, what) VALUES (?, ?, ?, ?)",
+            (run_id, time.time(), kind, what),
+        )
+
+    @contextlib.contextmanager
+    def _under(self, run_id: str, lease: str) -> Iterator[None]:
+        """A transaction of the worker that holds the lease."""
+        with self._writing():
+            row: Any = self._connection.execute(
+                "SELECT lease FROM runs WHERE run_id = ?", (run_id,)
+            ).fetchone()
+            if row is None or row["lease"] != lease:
+                raise LeaseLostError(f"{run_id} has another worker")
+            yield
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+
+def exists(home: Path) -> bool:
+    """Whether there is a store at all; reading tools make none."""
+    return (home / FILE_NAME).exists()
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether another process held the database for too long."""
+    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
