@@ -12,7 +12,7 @@ CRASHED_AFTER_S while its state says that there is one. Every ended run can be s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 RunState = Literal["starting", "running", "waiting", "completed", "stopped", "failed", "crashed"]
@@ -23,14 +23,16 @@ StopReason = Literal["user", "budget", "divergence"]
 HEARTBEAT_S = 2.0
 CRASHED_AFTER_S = 10.0
 
-ACTIVE: frozenset[RunState] = frozenset(("starting", "running", "waiting"))
-ENDED: frozenset[RunState] = frozenset(("completed", "stopped", "failed"))
+ACTIVE: tuple[RunState, ...] = ("starting", "running", "waiting")
+ENDED: tuple[RunState, ...] = ("completed", "stopped", "failed")
 
-MOVES: Mapping[RunState, frozenset[RunState]] = {
-    "starting": frozenset(("running", "waiting")) | ENDED,
-    "running": frozenset(("waiting",)) | ENDED,
-    "waiting": frozenset(("running",)) | ENDED,
-    **dict.fromkeys(ENDED, frozenset[RunState](("starting",))),
+MOVES: Mapping[RunState, Collection[RunState]] = {
+    "starting": ("running", "waiting", *ENDED),
+    "running": ("waiting", *ENDED),
+    "waiting": ("running", *ENDED),
+    "completed": ("starting",),
+    "stopped": ("starting",),
+    "failed": ("starting",),
 }
 """From a written state to those that may follow it."""
 
