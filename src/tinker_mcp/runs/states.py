@@ -26,13 +26,12 @@ CRASHED_AFTER_S = 10.0
 ACTIVE: tuple[RunState, ...] = ("starting", "running", "waiting")
 ENDED: tuple[RunState, ...] = ("completed", "stopped", "failed")
 
+_AGAIN: tuple[RunState, ...] = ("starting",)
 MOVES: Mapping[RunState, Collection[RunState]] = {
     "starting": ("running", "waiting", *ENDED),
     "running": ("waiting", *ENDED),
     "waiting": ("running", *ENDED),
-    "completed": ("starting",),
-    "stopped": ("starting",),
-    "failed": ("starting",),
+    **dict.fromkeys(ENDED, _AGAIN),
 }
 """From a written state to those that may follow it."""
 
