@@ -16,7 +16,7 @@ from tinker_mcp.errors import InvalidInputError
 BackendChoice = Literal["auto", "hosted", "local"]
 LogFormat = Literal["console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-TOOLSETS = ("setup", "data", "training", "sampling", "checkpoints")
+TOOLSETS = ("setup", "data", "training", "sampling", "checkpoints", "runs")
 
 HOSTED_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"  # the SDK's own default
 LOCAL_IDLE_EXIT_S = 900.0
@@ -44,6 +44,8 @@ class Settings:
             TINKER_MCP_READ_ONLY.
         http_token: TINKER_MCP_TOKEN, what callers of the HTTP transport must show; not in repr.
         call_limit_s: How long a tool call may work before it answers; hosts drop a call at 60 s.
+        allow_unjailed: TINKER_MCP_ALLOW_UNJAILED: run a user's reward code even where this machine
+            cannot isolate it.
     """
 
     backend: BackendChoice = "auto"
@@ -59,6 +61,7 @@ class Settings:
     read_only: bool = False
     http_token: str | None = field(default=None, repr=False)
     call_limit_s: float = 45.0
+    allow_unjailed: bool = False
 
     @classmethod
     def from_environment(
@@ -96,6 +99,7 @@ class Settings:
             local_cache=_folder(values.get("TINKER_LOCAL_CACHE")) or defaults.local_cache,
             toolsets=_toolsets(toolsets or values.get("TINKER_MCP_TOOLSETS")),
             read_only=read_only or _flag(values, "TINKER_MCP_READ_ONLY"),
+            allow_unjailed=_flag(values, "TINKER_MCP_ALLOW_UNJAILED"),
             http_token=_token(values.get("TINKER_MCP_TOKEN")),
             roots=_roots(roots or values.get("TINKER_MCP_ROOTS", "").split(os.pathsep))
             or defaults.roots,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from mcp.client import Client
+from mcp.client.stdio import StdioServerParameters, stdio_client
 
 from demo_process import run_demo
 from tinker_mcp import __version__
@@ -27,6 +31,40 @@ def test_an_unknown_backend_is_refused_with_those_that_exist(command: str) -> No
     result = CliRunner().invoke(main, [command, "--backend", "bogus"])
     assert result.exit_code == 2
     assert "'bogus' is not one of 'auto', 'hosted', 'local'" in result.output
+
+
+@pytest.mark.parametrize(
+    "given", [["--host", "127.0.0.1"], ["--port", "8000"], ["--port", "0"], ["--allowed-host", "x"]]
+)
+def test_an_address_without_http_is_refused_with_the_remedy(given: list[str]) -> None:
+    result = CliRunner().invoke(main, ["serve", *given])
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == (
+        f"Error: {given[0]} does nothing over stdio."
+        f" Add --http to serve over HTTP, or leave {given[0]} out.\n"
+    )
+
+
+async def test_roots_on_the_command_line_come_before_those_of_the_environment(
+    home: Path, tmp_path: Path
+) -> None:
+    roots = [tmp_path / name for name in ("one", "two", "three")]
+    for root in roots:
+        root.mkdir()
+        (root / "rows.jsonl").write_text('{"messages": []}\n')
+    parameters = StdioServerParameters(
+        command=sys.executable,
+        args=["-m", "tinker_mcp", "serve", "--root", str(roots[0]), "--root", str(roots[1])],
+        env={**os.environ, "TINKER_MCP_HOME": str(home), "TINKER_MCP_ROOTS": str(roots[2])},
+    )
+    said = []
+    async with Client(stdio_client(parameters)) as client:
+        for root in roots:
+            arguments = {"path": str(root / "rows.jsonl")}
+            reply = await client.call_tool("inspect_dataset", arguments)
+            said.append(getattr(reply.content[0], "text", ""))
+    assert ["outside the allowed folders" in text for text in said] == [False, False, True]
 
 
 def test_the_demo_measures_and_its_exit_status_says_whether_it_got_better(home: Path) -> None:

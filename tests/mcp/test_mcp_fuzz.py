@@ -1,7 +1,8 @@
 """Each tool's schema against the tool: what it allows works, and nothing else is taken.
 
 An argument that may be left out may also be null, and an object or a list may come as JSON text;
-neither is advertised, hosts do both.
+neither is advertised, hosts do both. Nor are bounds that nobody would cross; what a tool accepts
+is compared with the schema that has them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pydantic import ValidationError
 
 from tinker_mcp.server.app import TOOLS
 from tinker_mcp.server.boundary import MAX_ERROR_CHARACTERS, StrictTool
+from tinker_mcp.server.schemas import complete_input
 from tinker_mcp.settings import Settings
 
 Schema = dict[str, Any]
@@ -133,6 +135,15 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StrictTool]:
     return {spec.fn.__name__: StrictTool.of(spec, replies) for spec in TOOLS}
 
 
+@pytest.fixture(scope="module")
+def complete(tools: dict[str, StrictTool]) -> dict[str, Schema]:
+    """What each tool takes, with the bounds that hosts are not told of."""
+    return {
+        name: complete_input(tool.fn_metadata.arg_model.model_json_schema(by_alias=True))
+        for name, tool in tools.items()
+    }
+
+
 # What clients know of JSON Schema, and our tools use.
 KEYWORDS = {
     *("type", "properties", "required", "additionalProperties", "items", "minItems", "enum"),
@@ -162,9 +173,9 @@ def accepts(tool: StrictTool, arguments: dict[str, Any]) -> bool:
     return True
 
 
-def is_valid(tool: StrictTool, arguments: dict[str, Any]) -> bool:
-    """By the schema; null stands for left out, and JSON text for an object or a list."""
-    properties = tool.parameters["properties"]
+def is_valid(schema: Schema, arguments: dict[str, Any]) -> bool:
+    """Null stands for left out, and JSON text for an object or a list."""
+    properties = schema["properties"]
     read = {}
     for name, sent in arguments.items():
         takes = properties.get(name, {}).get("type")
@@ -172,7 +183,7 @@ def is_valid(tool: StrictTool, arguments: dict[str, Any]) -> bool:
         value = _read(sent) if is_text else sent
         if value is not None or "default" in properties.get(name, {}):
             read[name] = value
-    return jsonschema.Draft202012Validator(tool.parameters).is_valid(read)
+    return jsonschema.Draft202012Validator(schema).is_valid(read)
 
 
 def _read(text: str) -> Any:
@@ -183,24 +194,42 @@ def _read(text: str) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_the_schema_allows_is_accepted(name: str, tools: dict[str, StrictTool]) -> None:
+def test_what_the_schema_allows_is_accepted(
+    name: str, tools: dict[str, StrictTool], complete: dict[str, Schema]
+) -> None:
     @fuzz(EXAMPLES)
-    @given(valid(tools[name].parameters))
+    @given(valid(complete[name]))
     def check(arguments: dict[str, Any]) -> None:
         tools[name]._validated(arguments)
 
     check()
 
 
-@pytest.mark.parametrize("name", WITH_ARGUMENTS)
-def test_a_value_of_another_kind_is_refused(name: str, tools: dict[str, StrictTool]) -> None:
-    tool = tools[name]
+@pytest.mark.parametrize("name", NAMES)
+def test_what_hosts_are_told_allows_all_that_is_accepted(
+    name: str, tools: dict[str, StrictTool], complete: dict[str, Schema]
+) -> None:
+    told = jsonschema.Draft202012Validator(tools[name].parameters)
 
     @fuzz(EXAMPLES)
-    @given(valid(tool.parameters), st.sampled_from(sorted(tool.parameters["properties"])), ANYTHING)
+    @given(valid(complete[name]))
+    def check(arguments: dict[str, Any]) -> None:
+        told.validate(arguments)
+
+    check()
+
+
+@pytest.mark.parametrize("name", WITH_ARGUMENTS)
+def test_a_value_of_another_kind_is_refused(
+    name: str, tools: dict[str, StrictTool], complete: dict[str, Schema]
+) -> None:
+    tool, schema = tools[name], complete[name]
+
+    @fuzz(EXAMPLES)
+    @given(valid(schema), st.sampled_from(sorted(schema["properties"])), ANYTHING)
     def check(arguments: dict[str, Any], argument: str, value: Any) -> None:
         changed = {**arguments, argument: value}
-        assert accepts(tool, changed) == is_valid(tool, changed)
+        assert accepts(tool, changed) == is_valid(schema, changed)
 
     check()
 
@@ -222,13 +251,13 @@ def test_an_object_may_come_as_json_text(tools: dict[str, StrictTool]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_argument_that_does_not_exist_is_refused(
-    name: str, tools: dict[str, StrictTool]
+    name: str, tools: dict[str, StrictTool], complete: dict[str, Schema]
 ) -> None:
     tool = tools[name]
     unknown = st.text(max_size=8).filter(lambda text: text not in tool.parameters["properties"])
 
     @fuzz(EXAMPLES)
-    @given(valid(tool.parameters), unknown, ANYTHING)
+    @given(valid(complete[name]), unknown, ANYTHING)
     def check(arguments: dict[str, Any], argument: str, value: Any) -> None:
         assert not accepts(tool, {**arguments, argument: value})
 
@@ -236,11 +265,13 @@ def test_an_argument_that_does_not_exist_is_refused(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_required_argument_cannot_be_left_out(name: str, tools: dict[str, StrictTool]) -> None:
+def test_a_required_argument_cannot_be_left_out(
+    name: str, tools: dict[str, StrictTool], complete: dict[str, Schema]
+) -> None:
     tool = tools[name]
 
     @fuzz(EXAMPLES)
-    @given(valid(tool.parameters))
+    @given(valid(complete[name]))
     def check(arguments: dict[str, Any]) -> None:
         for argument in tool.parameters.get("required", []):
             rest = {key: value for key, value in arguments.items() if key != argument}
@@ -309,7 +340,7 @@ def calls(
 
 @pytest.mark.timeout(180)
 def test_no_valid_call_makes_a_tool_crash(
-    settings: Settings, tmp_path: Path, tools: dict[str, StrictTool]
+    settings: Settings, tmp_path: Path, complete: dict[str, Schema]
 ) -> None:
     with (
         start_blocking_portal() as portal,
@@ -325,7 +356,7 @@ def test_no_valid_call_makes_a_tool_crash(
 
         # Last, since it closes what the others need.
         for name in sorted(NAMES, key=lambda name: name == "close_client"):
-            arguments = calls(tools[name].parameters, values)
+            arguments = calls(complete[name], values)
             called = given(st.just(name), arguments)(check)
             fuzz(CALLS)(called)()
 

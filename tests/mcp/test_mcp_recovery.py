@@ -14,7 +14,8 @@ from tinker_mcp.errors import ClientLostError
 from tinker_mcp.settings import Settings
 from tinker_mcp.training import checkpoints, recovery
 from tinker_mcp.training.backend import BackendConnector
-from tinker_mcp.training.clients import NewClient, OpenClient, Workspace, told_about
+from tinker_mcp.training.clients import OpenClient, Workspace, told_about
+from tinker_mcp.training.sessions import NewClient
 
 ADAM = {"learning_rate": 1e-2}
 NEW = NewClient(TINY, None, 4, 0, True, True, True, True)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
 import jsonschema
+import pytest
 from mcp.client import Client
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from tinker_mcp.server import create_server
-from tinker_mcp.server.schemas import short_input, short_output
+from tinker_mcp.server.schemas import briefly, complete_input, short_input, short_output
 from tinker_mcp.settings import Settings
 
 CHARACTERS_A_TOKEN = 4
@@ -28,6 +29,22 @@ class Inner(BaseModel):
 class Kind(Enum):
     A = "a"
     B = "b"
+
+
+class Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    first: int = Field(ge=1)
+    second: int = 2
+
+
+class Bounded(BaseModel):
+    rank: Annotated[int, Field(ge=1, le=512)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    name: Annotated[str, Field(min_length=1, pattern="^[a-z]+$")]
+    path: Annotated[str, Field(pattern="^tinker://")]
+    brief: Annotated[Fields, Field(json_schema_extra=briefly("first"))]
 
 
 class Outer(BaseModel):
@@ -87,17 +104,40 @@ def test_an_argument_that_may_be_left_out_needs_no_null() -> None:
     assert properties["anything"] == {}
 
 
-def test_a_reply_shows_its_fields_and_their_types() -> None:
-    short = short_output(Outer.model_json_schema(mode="serialization"))
-    assert short == {
+def test_a_bound_that_nobody_would_cross_is_not_told() -> None:
+    told = short_input(Bounded.model_json_schema())["properties"]
+    assert told["rank"] == {"type": "integer", "maximum": 512}
+    assert told["seed"] == {"type": "integer"}
+    assert told["share"] == {"type": "number", "exclusiveMaximum": 1, "default": 0}
+    assert told["name"] == {"type": "string"}
+    assert told["path"] == {"type": "string", "pattern": "^tinker://"}
+
+
+def test_an_object_that_another_tool_tells_of_is_told_briefly_and_taken_whole() -> None:
+    told = short_input(Bounded.model_json_schema())["properties"]["brief"]
+    assert told == {
         "type": "object",
-        "properties": {
-            "one": {"type": ["object", "null"]},
-            "number": {"type": ["integer", "number", "null"]},
-            "text": {"type": ["string", "null"]},
-            "kind": {"type": "string"},
-            "names": {"type": "array"},
-            "anything": {"type": ["string", "number", "boolean", "object", "array", "null"]},
-        },
+        "properties": {"first": {"type": "integer"}},
+        "required": ["first"],
     }
+    whole = complete_input(Bounded.model_json_schema())["properties"]["brief"]
+    assert set(whole["properties"]) == {"first", "second"}
+    assert "brief" not in whole
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("rank", 0), ("seed", 2**63), ("rank", 513)],
+)
+async def test_a_bound_holds_whether_it_is_told_or_not(argument: str, value: int) -> None:
+    async with Client(create_server(Settings())) as client:
+        reply = await client.call_tool("create_training_client", {argument: value})
+    assert reply.is_error
+    assert f"{argument}={value}: Input should be " in getattr(reply.content[0], "text", "")
+
+
+def test_a_reply_shows_the_names_of_its_fields() -> None:
+    short = short_output(Outer.model_json_schema(mode="serialization"))
+    names = ("one", "number", "text", "kind", "names", "anything")
+    assert short == {"type": "object", "properties": {name: {} for name in names}}
     jsonschema.validate(json.loads(Outer(text=None).model_dump_json()), short)

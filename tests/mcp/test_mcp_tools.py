@@ -69,6 +69,10 @@ async def test_only_the_reading_tools_are_read_only() -> None:
         "inspect_dataset",
         "list_clients",
         "list_checkpoints",
+        "estimate_cost",
+        "list_runs",
+        "get_run",
+        "wait_for_run",
     ]
 
 

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from tinker_mcp.settings import Settings
 from tinker_mcp.training.backend import Backend, BackendConnector
-from tinker_mcp.training.clients import NewClient, OpenClient, Workspace
+from tinker_mcp.training.clients import OpenClient, Workspace
 from tinker_mcp.training.datums import render
 from tinker_mcp.training.formats import Conversation
 from tinker_mcp.training.loop import TrainLoop, TrainPlan, batch_of
 from tinker_mcp.training.objectives import BackendLoss
 from tinker_mcp.training.order import Work, submitted_in_turn
+from tinker_mcp.training.sessions import NewClient
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tinker_local.engine import attention, lora
 from tinker_local.engine.attention import Layout, PackedSequences
+from tinker_local.engine.cache import kept_dtype
 from tinker_local.engine.decoding import Decoder, can_decode
 from tinker_local.engine.lora import Adapter, LoraLinear, wrap
 from tinker_local.errors import ModelFolderError, NotServedError
@@ -84,7 +85,7 @@ class BaseModel:
 
     @cached_property
     def decoder(self) -> Decoder | None:
-        """A faster way to the next token's logits; None where this model has none."""
+        """A faster forward pass without gradients; None where this model has none."""
         if not can_decode(self._causal_lm, self.device):
             return None
         return Decoder(self._causal_lm, self.layers, self.head)
@@ -101,7 +102,7 @@ class BaseModel:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         whole = config.hidden_size // config.num_attention_heads
         width = getattr(config, "head_dim", None) or whole
-        per_layer = 2 * heads * width * self.head.weight.element_size()
+        per_layer = 2 * heads * width * kept_dtype(self.device, self.head.weight.dtype).itemsize
         return int(config.num_hidden_layers * per_layer)
 
     @property

@@ -4,19 +4,19 @@ While sequences are drawn, a forward pass has a row or a few dozen, so that the 
 and the reading of the weights cost more than the arithmetic. Here the layers that read the same
 input are one product, and weights have the order in which oneDNN reads them: a step takes half
 (1 row) to two thirds (32 rows) of the time of transformers' modules with the adapters around them
-(bfloat16, SmolLM2-135M). The numbers are the same up to rounding.
+(bfloat16, SmolLM2-135M). The numbers are the same up to rounding. Prompts are read by the same
+layers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
-from torch.nn import functional
 
-from tinker_local.engine.cache import NextTokens
 from tinker_local.engine.lora import Adapter, LoraLinear
 
 _SERVED = frozenset(f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3"))
@@ -31,6 +31,19 @@ def can_decode(causal_lm: Any, device: torch.device) -> bool:
         and type(causal_lm).__name__ in _SERVED
         and getattr(causal_lm.config, "sliding_window", None) is None
     )
+
+
+class Rows(Protocol):
+    """Which token may see which, for R tokens; `attention.Layout` with the rows first."""
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Place of each token in its own sequence, (R,), int64."""
+
+    def attend_rows(
+        self, layer: int, heads: torch.Tensor, key_heads: int, scale: float
+    ) -> torch.Tensor:
+        """See `next_tokens.NextTokens.attend_rows`."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +113,9 @@ class _Layer:
     down: _Joined
     scale: float
 
-
-@dataclass(frozen=True)
-class DecodingAdapter:
-    """An adapter in the form that `Decoder` reads, by the place of each `_Joined`."""
-
-    low_ranks: Sequence[_LowRank | None]
+    @property
+    def joined(self) -> tuple[_Joined, ...]:
+        return self.qkv, self.output, self.gate_up, self.down
 
 
 class Decoder:
@@ -113,73 +123,89 @@ class Decoder:
 
     def __init__(self, causal_lm: Any, layers: Mapping[str, LoraLinear], head: LoraLinear) -> None:
         decoder = causal_lm.get_decoder()
-        self._embed = decoder.embed_tokens
-        self._rotary = decoder.rotary_emb
+        self.embed = decoder.embed_tokens
+        self.rotary = decoder.rotary_emb
+        self.layers = [_layer(layer) for layer in decoder.layers]
+        self.norm = _rms_norm(decoder.norm)
+        self.head = _Joined([head])
+        attention = decoder.layers[0].self_attn
+        self.width = attention.head_dim
+        self.heads = attention.q_proj.base.out_features // self.width
+        self.key_heads = attention.k_proj.base.out_features // self.width
         self._paths = {id(layer): path for path, layer in layers.items()}
-        self._layers = [_layer(layer) for layer in decoder.layers]
-        self._norm = _rms_norm(decoder.norm)
-        self._head = _Joined([head])
-        self._width = decoder.layers[0].self_attn.head_dim
 
-    def prepared(self, adapter: Adapter | None) -> DecodingAdapter:
-        """An adapter's factors, joined and packed: a copy of them."""
-        joined = [
-            *(part for layer in self._layers for part in _parts(layer)),
-            self._head,
-        ]
-        if adapter is None:
-            return DecodingAdapter([None] * len(joined))
-        return DecodingAdapter([part.low_rank(adapter, self._paths) for part in joined])
+    def adapted(self, adapter: Adapter | None) -> AdaptedDecoder:
+        """This model under an adapter, whose factors are joined and packed: a copy of them."""
 
-    def logits(
-        self, tokens: torch.Tensor, layout: NextTokens, adapter: DecodingAdapter
-    ) -> torch.Tensor:
-        """Scores (R, vocabulary) of what follows, float32, after one more token (R,) a row."""
-        hidden = self._embed(tokens)  # (R, H)
-        cos, sin = self._rotary(hidden, layout.positions.unsqueeze(0))  # (1, R, D) each
-        turn = _Turn(cos[0].unsqueeze(1), sin[0].unsqueeze(1))
-        for index, layer in enumerate(self._layers):
-            parts = adapter.low_ranks[4 * index : 4 * index + 4]
-            hidden = self._after(layer, index, hidden, turn, layout, parts)
-        return self._head(self._norm(hidden), adapter.low_ranks[-1]).float()
+        def low_rank(joined: _Joined) -> _LowRank | None:
+            return joined.low_rank(adapter, self._paths) if adapter else None
 
-    def _after(
+        parts = [[low_rank(joined) for joined in layer.joined] for layer in self.layers]
+        return AdaptedDecoder(self, parts, low_rank(self.head))
+
+
+class AdaptedDecoder:
+    """What `BaseModel` computes while an adapter is active, without gradients."""
+
+    device = torch.device("cpu")
+
+    def __init__(
         self,
-        layer: _Layer,
-        index: int,
-        hidden: torch.Tensor,
-        turn: _Turn,
-        layout: NextTokens,
-        low_ranks: Sequence[_LowRank | None],
-    ) -> torch.Tensor:
+        decoder: Decoder,
+        low_ranks: Sequence[Sequence[_LowRank | None]],
+        head_low_rank: _LowRank | None,
+    ) -> None:
+        """Take the low-rank products by layer, in the order of `_Layer.joined`."""
+        self._decoder = decoder
+        self._low_ranks = low_ranks
+        self._head_low_rank = head_low_rank
+
+    def hidden_states(self, tokens: torch.Tensor, layout: Rows) -> torch.Tensor:
+        """Last hidden states (R, H) of tokens (R,) laid out by `layout`."""
+        hidden = self._decoder.embed(tokens)  # (R, H)
+        cos, sin = self._decoder.rotary(hidden, layout.positions.unsqueeze(0))  # (1, R, D) each
+        turn = _Turn(cos[0], sin[0], self._decoder.heads, self._decoder.key_heads)
+        for index in range(len(self._low_ranks)):
+            hidden = self._after(index, hidden, turn, layout)
+        return self._decoder.norm(hidden)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores (R, vocabulary) of the next token, float32, from hidden states (R, H)."""
+        return self._decoder.head(hidden, self._head_low_rank).float()
+
+    def _after(self, index: int, hidden: torch.Tensor, turn: _Turn, layout: Rows) -> torch.Tensor:
         """Hidden states (R, H) after one layer."""
+        layer, low_ranks = self._decoder.layers[index], self._low_ranks[index]
+        key_heads, width = self._decoder.key_heads, self._decoder.width
         heads = layer.qkv(layer.attention_norm(hidden), low_ranks[0])
-        heads = heads.view(len(hidden), -1, self._width)  # (R, heads + 2 * key-value heads, D)
-        values = (heads.shape[1] - layer.output.layers[0].base.in_features // self._width) // 2
-        rotated, v = heads[:, :-values], heads[:, -values:]
+        heads = heads.view(len(hidden), -1, width)  # (R, heads + 2 * key-value heads, D)
         if layer.q_norm is not None and layer.k_norm is not None:
-            rotated = torch.cat(
-                [layer.q_norm(rotated[:, :-values]), layer.k_norm(rotated[:, -values:])], dim=1
-            )
-        rotated = turn(rotated)
-        q, k = rotated[:, :-values], rotated[:, -values:]
-        seen = layout.attend_rows(index, q, k, v, layer.scale).flatten(1)
-        hidden = layer.output(seen, low_ranks[1], hidden)
+            sizes = [self._decoder.heads, key_heads, key_heads]
+            q, k, v = torch.split(heads, sizes, dim=1)
+            heads = torch.cat([layer.q_norm(q), layer.k_norm(k), v], dim=1)
+        seen = layout.attend_rows(index, turn(heads), key_heads, layer.scale)
+        hidden = layer.output(seen.flatten(1), low_ranks[1], hidden)
         gate, up = layer.gate_up(layer.mlp_norm(hidden), low_ranks[2]).chunk(2, dim=1)
-        return layer.down(layer.activation(gate) * up, low_ranks[3], hidden)
+        return layer.down(layer.activation(gate).mul_(up), low_ranks[3], hidden)
 
 
 class _Turn:
     """Rotary position embedding of one token a row (Su 2021, RoFormer, in transformers' form)."""
 
-    def __init__(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Take (R, 1, D) each."""
-        self._half = sin.shape[-1] // 2
-        self._cos = cos
-        self._sin = torch.cat([-sin[..., : self._half], sin[..., self._half :]], dim=-1)
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor, heads: int, key_heads: int) -> None:
+        """Take (R, D) each; values are turned by nothing, so that all heads are one tensor."""
+        rows, width = cos.shape
+        self._half = width // 2
+        shape = (rows, heads + 2 * key_heads, width)
+        self._cos, self._sin = cos.new_ones(shape), cos.new_zeros(shape)
+        self._cos[:, :-key_heads] = cos.unsqueeze(1)
+        self._sin[:, :-key_heads, : self._half] = -sin[:, None, : self._half]
+        self._sin[:, :-key_heads, self._half :] = sin[:, None, self._half :]
 
     def __call__(self, heads: torch.Tensor) -> torch.Tensor:
-        return heads * self._cos + heads.roll(self._half, -1) * self._sin
+        # Rounded after each step, as in training: in one step, sampler and training forward were
+        # half as far again from each other.
+        return (heads * self._cos).add_(heads.roll(self._half, -1).mul_(self._sin))
 
 
 def _layer(layer: Any) -> _Layer:
@@ -199,14 +225,21 @@ def _layer(layer: Any) -> _Layer:
     )
 
 
-def _parts(layer: _Layer) -> tuple[_Joined, ...]:
-    """In the order in which `DecodingAdapter` holds them."""
-    return layer.qkv, layer.output, layer.gate_up, layer.down
-
-
 def _rms_norm(norm: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight, eps = norm.weight, norm.variance_epsilon
-    return lambda x: functional.rms_norm(x, weight.shape, weight, eps)
+    """x / sqrt(mean(x^2) + eps) * weight, in float32.
+
+    From the vector's norm, sqrt(sum(x^2)), it takes 6 calls; functional.rms_norm makes 9.
+    """
+    size, dtype = norm.weight.numel(), norm.weight.dtype
+    weight = norm.weight.float() * math.sqrt(size)
+    eps = torch.tensor(math.sqrt(size * norm.variance_epsilon))
+
+    def normalized(x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        length: torch.Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        return (wide / length.hypot_(eps)).mul_(weight).to(dtype)
+
+    return normalized
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor:

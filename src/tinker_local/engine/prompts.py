@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from tinker_local.engine import batches
 from tinker_local.engine.attention import PackedSequences
-from tinker_local.engine.base_model import BaseModel
-from tinker_local.engine.cache import LayerState
+from tinker_local.engine.cache import kept_dtype
+from tinker_local.engine.next_tokens import LayerState
 from tinker_local.engine.picking import draw
 from tinker_local.ops import NOT_SCORED, Floats, Sample, Tokens, TokenScores
 
@@ -51,6 +52,19 @@ UNREAD = Prompt((), torch.empty(0), 0)
 NO_SCORES = PromptScores()
 
 
+class Forward(Protocol):
+    """A model under an adapter: an `AdaptedDecoder`, or a `BaseModel` while one is active."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def hidden_states(self, tokens: torch.Tensor, layout: Any) -> torch.Tensor:
+        """Last hidden states (T, H) of token ids (T,) laid out by `layout`."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores (T, vocabulary) of the next token, float32, from hidden states (T, H)."""
+
+
 class _Reading(PackedSequences):
     """Packed sequences whose keys and values are kept."""
 
@@ -64,9 +78,18 @@ class _Reading(PackedSequences):
         self.layers.append((k[0], v[0]))  # (key-value heads, T, D)
         return super().attend(layer, q, k, v, scale)
 
+    def attend_rows(
+        self, layer: int, heads: torch.Tensor, key_heads: int, scale: float
+    ) -> torch.Tensor:
+        """See `next_tokens.NextTokens.attend_rows`."""
+        sizes = [heads.shape[1] - 2 * key_heads, key_heads, key_heads]
+        first = heads.transpose(0, 1).unsqueeze(0)
+        q, k, v = torch.split(first, sizes, dim=1)  # (1, heads, T, D) each
+        return self.attend(layer, q, k, v, scale)[0].transpose(0, 1)
 
-def read(prompts: Sequence[Tokens], model: BaseModel) -> list[Prompt]:
-    """Read prompts together; what several begin with is read once. The adapter must be active."""
+
+def read(prompts: Sequence[Tokens], model: Forward) -> list[Prompt]:
+    """Read prompts together; what several begin with is read once."""
     found: dict[int, Prompt] = {}
     for batch in batches.plan(prompts, MAX_READ_TOKENS):
         found |= _read_batch(batch, prompts, model)
@@ -74,19 +97,23 @@ def read(prompts: Sequence[Tokens], model: BaseModel) -> list[Prompt]:
 
 
 def _read_batch(
-    batch: batches.Batch, prompts: Sequence[Tokens], model: BaseModel
+    batch: batches.Batch, prompts: Sequence[Tokens], model: Forward
 ) -> dict[int, Prompt]:
     own = [prompts[index][batch.prefix :] for index in batch.members]
     row = np.concatenate([prompts[batch.members[0]][: batch.prefix], *own])
     layout = _Reading(batch.prefix, [len(tokens) for tokens in own], model.device)
     hidden = model.hidden_states(torch.from_numpy(row).to(model.device), layout)  # (T, H)
 
+    dtype = kept_dtype(model.device, hidden.dtype)
     found = {}
     start = batch.prefix
     for place, (index, tokens) in enumerate(zip(batch.members, own, strict=True)):
         part = slice(start, start + len(tokens))
         layers = [
-            (_joined(k, batch.prefix, part, dim=1), _joined(v, batch.prefix, part, dim=1))
+            (
+                _joined(k, batch.prefix, part, dim=1).to(dtype),
+                _joined(v, batch.prefix, part, dim=1).to(dtype),
+            )
             for k, v in layout.layers
         ]
         cached = batch.prefix if place else 0
@@ -101,8 +128,8 @@ def _joined(tensor: torch.Tensor, prefix: int, own: slice, dim: int) -> torch.Te
     return torch.cat([tensor.narrow(dim, 0, prefix), part], dim) if prefix else part
 
 
-def score(op: Sample, prompt: Prompt, model: BaseModel) -> PromptScores:
-    """Everything that `op` asks about its prompt; the adapter must be active."""
+def score(op: Sample, prompt: Prompt, model: Forward) -> PromptScores:
+    """Everything that `op` asks about its prompt."""
     size = len(op.prompt)
     first = 1 if op.prompt_logprobs_last_n is None else size - op.prompt_logprobs_last_n
     logprobs = np.full(size, math.nan, dtype=np.float32)

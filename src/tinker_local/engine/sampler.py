@@ -7,27 +7,22 @@ sequences takes less than twice as long as a step of one.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from tinker_local.engine import prompts
 from tinker_local.engine.base_model import BaseModel
-from tinker_local.engine.cache import KeyValueCache, NextTokens
+from tinker_local.engine.cache import KeyValueCache, is_shared
 from tinker_local.engine.lora import Adapter
 from tinker_local.engine.picking import Choice, Picked, pick
 from tinker_local.ops import Sample, SampledSequence, SampleOutput, TokenScores
 
 _CACHE_BYTES = 2 * 2**30
 """What the keys and values of all sequences may take; further ones wait. One always may."""
-
-
-_NextLogits: TypeAlias = Callable[[torch.Tensor, NextTokens], torch.Tensor]
-"""From the last token of each row, (R,), to the scores of what follows, (R, vocabulary)."""
 
 
 @dataclass
@@ -70,11 +65,7 @@ class Sampler:
         self._rows: list[_Row] = []  # in the order of the cache's rows
         self._cache = KeyValueCache()
         decoder = model.decoder
-        self._next_logits: _NextLogits
-        if decoder is None:
-            self._next_logits = _by_modules(model, adapter)
-        else:
-            self._next_logits = partial(decoder.logits, adapter=decoder.prepared(adapter))
+        self._forward: prompts.Forward = decoder.adapted(adapter) if decoder else model
 
     @property
     def tickets(self) -> list[str]:
@@ -105,14 +96,20 @@ class Sampler:
         Raises:
             UserInputError: The weights have diverged.
         """
-        with self._model.adapted(self._adapter):
+        with self._active():
             self._admit()
-        if self._rows:
-            self._advance()
+            if self._rows:
+                self._advance()
         if not self._rows:
             self._cache = KeyValueCache()  # its memory is another sampler's now
         finished = [r for r in self._requests.values() if len(r.done) == r.op.num_samples]
         return {request.ticket: self._result(request) for request in finished}
+
+    def _active(self) -> AbstractContextManager[None]:
+        """In which the forward pass has the adapter."""
+        if self._forward is self._model:
+            return self._model.adapted(self._adapter)
+        return nullcontext()
 
     def _admit(self) -> None:
         """Begin the sequences that fit the cache."""
@@ -121,11 +118,11 @@ class Sampler:
             id(row.request): row.request for row in new if row.request.prompt is prompts.UNREAD
         }
         requests = list(unread.values())
-        read = prompts.read([request.op.prompt for request in requests], self._model)
+        read = prompts.read([request.op.prompt for request in requests], self._forward)
         for request, prompt in zip(requests, read, strict=True):
             request.prompt = prompt
             request.cached_tokens = prompt.cached_tokens
-            request.scores = prompts.score(request.op, prompt, self._model)
+            request.scores = prompts.score(request.op, prompt, self._forward)
         by_request: dict[str, list[_Row]] = {}
         for row in new:
             by_request.setdefault(row.request.ticket, []).append(row)
@@ -134,13 +131,18 @@ class Sampler:
 
     def _fitting(self) -> list[_Row]:
         """Rows for the sequences that may begin now, first come first served."""
-        longest = max((self._size(row.request.op) for row in self._rows), default=0)
+        held = {row.request.ticket: row.request for row in self._rows}
+        longest = max((self._own_tokens(request) for request in held.values()), default=0)
+        shared = sum(self._shared_tokens(request) for request in held.values())
         new: list[_Row] = []
         for request in self._requests.values():
+            if request.waiting and request.ticket not in held:
+                shared += self._shared_tokens(request)
             while request.waiting:
-                longest = max(longest, self._size(request.op))
+                longest = max(longest, self._own_tokens(request))
                 count = len(self._rows) + len(new) + 1
-                if count > 1 and count * longest * self._model.cache_bytes_per_token > _CACHE_BYTES:
+                tokens = shared + count * longest
+                if count > 1 and tokens * self._model.cache_bytes_per_token > _CACHE_BYTES:
                     return new
                 number = request.waiting.popleft()
                 seed = None if request.op.seed is None else [request.op.seed, number]
@@ -150,10 +152,12 @@ class Sampler:
     def _begin(self, rows: list[_Row]) -> None:
         """Draw the first token of some sequences of one request; those that go on are cached."""
         request = rows[0].request
-        logits = self._model.logits(request.prompt.hidden[-1:])  # (1, vocabulary)
+        logits = self._forward.logits(request.prompt.hidden[-1:])  # (1, vocabulary)
         going_on = self._extend(rows, logits.repeat(len(rows), 1))
         if going_on:
-            self._cache.append(request.prompt.layers, len(going_on))
+            is_kept_once = self._shared_tokens(request) > 0
+            append = self._cache.append_shared if is_kept_once else self._cache.append
+            append(request.prompt.layers, len(going_on))
             self._rows += going_on
         if not request.waiting:
             request.prompt = prompts.UNREAD  # its keys and values are in the cache by now
@@ -162,7 +166,8 @@ class Sampler:
         """Draw the next token of every row."""
         layout = self._cache.next_tokens(self._model.device)
         last = torch.tensor([row.tokens[-1] for row in self._rows], device=self._model.device)
-        going_on = self._extend(self._rows, self._next_logits(last, layout))
+        hidden = self._forward.hidden_states(last, layout)
+        going_on = self._extend(self._rows, self._forward.logits(hidden))
         kept = {id(row) for row in going_on}
         for row in [row for row in self._rows if id(row) not in kept]:
             self._remove(row)
@@ -183,14 +188,19 @@ class Sampler:
 
     def _remove(self, row: _Row) -> None:
         place = self._rows.index(row)
-        self._cache.remove(place)
-        last = self._rows.pop()
-        if place < len(self._rows):
-            self._rows[place] = last
+        for source, target in self._cache.remove(place):
+            self._rows[target] = self._rows[source]
+        self._rows.pop()
 
-    def _size(self, op: Sample) -> int:
-        """Tokens of a sequence when it is done, at most."""
-        return len(op.prompt) + _new_tokens(op, self._model)
+    def _shared_tokens(self, request: _Request) -> int:
+        """Tokens that a request's sequences keep together."""
+        prompt = len(request.op.prompt)
+        return prompt if is_shared(self._model.device, request.op.num_samples, prompt) else 0
+
+    def _own_tokens(self, request: _Request) -> int:
+        """Tokens that each of its sequences keeps by itself when it is done, at most."""
+        size = len(request.op.prompt) + _new_tokens(request.op, self._model)
+        return size - self._shared_tokens(request)
 
     def _result(self, request: _Request) -> SampleOutput:
         del self._requests[request.ticket]
@@ -203,16 +213,6 @@ class Sampler:
             prompt_alternatives=scores.alternatives,
             cached_tokens=request.cached_tokens,
         )
-
-
-def _by_modules(model: BaseModel, adapter: Adapter | None) -> _NextLogits:
-    """The next token's logits as transformers computes them."""
-
-    def logits(tokens: torch.Tensor, layout: NextTokens) -> torch.Tensor:
-        with model.adapted(adapter):
-            return model.logits(model.hidden_states(tokens, layout))
-
-    return logits
 
 
 def _note(rows: Sequence[_Row], picked: Picked) -> None:

@@ -20,9 +20,12 @@ from tinker_mcp.server.resources import add_resources
 from tinker_mcp.server.tools import (
     checkpoints,
     clients,
+    costs,
     data,
     docs,
     inspection,
+    rewards,
+    runs,
     sampling,
     setup,
     training,
@@ -40,15 +43,20 @@ create_training_client -> forward_backward(eval data, forward_only=true) for the
 train(client, data, steps, batch_size, learning_rate), called again with the same arguments until \
 finished -> the loss after, and sample before and after -> save_checkpoint.
 
+More than a minute of SFT or DPO: start_run checks everything and trains in a process of its own, \
+which outlives this call, server and host; max_usd caps it, estimate_cost tells the price before. \
+Then wait_for_run until finished -> get_run(plot=true) -> sample(run_id=...). A stopped or crashed \
+run goes on with resume_run; list_runs has those of earlier servers.
+
 Reinforcement by hand: sample several answers to a prompt; they are kept as a group under a \
 handle. Score each answer yourself, then build_datums makes policy-gradient datums of the group's \
 handle and your rewards, and forward_backward with optim trains on them. Sample again after each \
 step.
 
-Handles (client-1, data-1) live as long as this server; checkpoints (tinker://...) stay. Tokens \
-never pass through you. Every reply ends with next_step. A reply with finished=false means the \
-work goes on: call again with the same arguments to collect it. Unsure? search_docs has pitfalls, \
-losses, hyper-parameters, errors and workflows, offline.
+Handles (client-1, data-1) live as long as this server; runs and checkpoints (tinker://...) stay. \
+Tokens never pass through you. Every reply ends with next_step. A reply with finished=false means \
+the work goes on: call again with the same arguments to collect it. Unsure? search_docs has \
+pitfalls, losses, hyper-parameters, runs, errors and workflows, offline.
 """
 
 WEBSITE = "https://tinker-docs.thinkingmachines.ai"
@@ -89,6 +97,14 @@ TOOLS: tuple[ToolSpec, ...] = (
     reads(checkpoints.list_checkpoints, "List checkpoints"),
     destroys(checkpoints.manage_checkpoint, "Manage a checkpoint"),
     changes(checkpoints.export_weights, "Export weights"),
+    reads(costs.estimate_cost, "Estimate a run's cost", toolset="runs"),
+    changes(runs.start_run, "Start a run"),
+    reads(runs.list_runs, "List runs"),
+    reads(runs.get_run, "Show a run"),
+    reads(runs.wait_for_run, "Wait for a run"),
+    destroys(runs.stop_run, "Stop a run"),
+    changes(runs.resume_run, "Resume a run"),
+    changes(rewards.test_reward, "Test a reward", toolset="runs"),
 )
 
 

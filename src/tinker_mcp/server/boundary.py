@@ -18,7 +18,7 @@ from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
 from mcp.server.mcpserver.tools import Tool
 from mcp.server.mcpserver.utilities.func_metadata import ArgModelBase
 from mcp_types import CallToolResult, ToolAnnotations
-from pydantic import ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from tinker_mcp.errors import TinkerMcpError
 from tinker_mcp.server.progress import LiveContext, signs_of_life
@@ -157,9 +157,14 @@ class StrictTool(Tool):
         return fitted(converted, self.name, self.replies)
 
     def _explain(self, error: ValidationError) -> str:
-        schema = self.fn_metadata.arg_model.model_json_schema(by_alias=True)
-        lines = [_problem(item, _properties(schema, item["loc"])) for item in error.errors()]
-        return _cut(f"invalid_input: {self.name}: " + "; ".join(lines), MAX_ERROR_CHARACTERS)
+        said = problems(error, self.fn_metadata.arg_model)
+        return _cut(f"invalid_input: {self.name}: {said}", MAX_ERROR_CHARACTERS)
+
+
+def problems(error: ValidationError, model: type[BaseModel]) -> str:
+    """What is wrong with the arguments that `model` takes, with the name that may be meant."""
+    schema = model.model_json_schema(by_alias=True)
+    return "; ".join(_problem(item, _properties(schema, item["loc"])) for item in error.errors())
 
 
 def _with_notes(result: Any, notes: list[str]) -> Any:

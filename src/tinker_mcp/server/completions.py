@@ -68,6 +68,10 @@ async def _checkpoints(workspace: Workspace) -> list[str]:
     return [row["checkpoint"] for row in (await resources.checkpoints(workspace))["checkpoints"]]
 
 
+async def _runs(workspace: Workspace) -> list[str]:
+    return [row["run_id"] for row in (await resources.runs(workspace))["runs"]]
+
+
 async def _pages(workspace: Workspace) -> list[str]:
     return docs.page_names()
 
@@ -76,5 +80,6 @@ _VALUES: Mapping[str, Values] = {
     "client_id": _clients,
     "base_model": _models,
     "checkpoint": _checkpoints,
+    "run_id": _runs,
     "page": _pages,
 }

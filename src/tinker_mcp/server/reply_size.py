@@ -34,7 +34,8 @@ def fitted(result: CallToolResult, tool: str, folder: Path) -> CallToolResult:
         note = f"Long parts are cut here, and the whole could not be kept ({error.strerror})."
     if "next_step" in short:
         short["next_step"] = f"{short['next_step']} {note}"
-    content = [TextContent(type="text", text=_text(short)), *links]
+    pictures = [block for block in result.content if block.type == "image"]
+    content = [TextContent(type="text", text=_text(short)), *pictures, *links]
     return CallToolResult(content=content, structured_content=short)
 
 

@@ -1,4 +1,4 @@
-"""Resources: the docs, and what the server knows of models, clients and checkpoints, as JSON.
+"""Resources: the docs, and what is known of models, clients, checkpoints and runs, as JSON.
 
 Their scheme is tinker-mcp://, since tinker:// is that of checkpoints. Reading one starts nothing.
 """
@@ -6,7 +6,7 @@ Their scheme is tinker-mcp://, since tinker:// is that of checkpoints. Reading o
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from mcp.server.mcpserver.resources import FunctionResource
 from tinker_mcp.errors import NotFoundError, TinkerMcpError
 from tinker_mcp.server import docs
 from tinker_mcp.server.boundary import told
+from tinker_mcp.server.tools import run_reading
 from tinker_mcp.training.clients import OpenClient, Workspace
 
 SCHEME = "tinker-mcp://"
@@ -40,7 +41,7 @@ def add_resources(server: MCPServer[Workspace], opened: Opened) -> None:
                 fn=partial(docs.page, name),
             )
         )
-    for name, fn in (("models", models), ("clients", clients), ("checkpoints", checkpoints)):
+    for name, fn in _LISTS.items():
         server.add_resource(
             FunctionResource(
                 uri=f"{SCHEME}{name}",
@@ -99,6 +100,17 @@ def _add_templates(server: MCPServer[Workspace], opened: Opened) -> None:
 
         return await _reading(one, opened)()
 
+    @server.resource(f"{SCHEME}runs/{{run_id}}", name="run", mime_type=JSON)
+    async def run(run_id: str) -> str:
+        """A training run: its state, losses and checkpoints."""
+
+        async def one(workspace: Workspace) -> Any:
+            settings = workspace.connector.settings
+            found = await anyio.to_thread.run_sync(run_reading.details, settings, run_id)
+            return found.model_dump(mode="json", exclude={"next_step"})
+
+        return await _reading(one, opened)()
+
     @server.resource(f"{SCHEME}replies/{{name}}", name="reply", mime_type=JSON)
     async def reply(name: str) -> str:
         """A reply that was too long to be shown whole."""
@@ -142,6 +154,21 @@ async def checkpoints(workspace: Workspace) -> dict[str, Any]:
         for c in found.checkpoints
     ]
     return {"backend": backend, "checkpoints": rows}
+
+
+async def runs(workspace: Workspace) -> dict[str, Any]:
+    """The newest training runs, those of earlier servers too."""
+    settings = workspace.connector.settings
+    found = await anyio.to_thread.run_sync(run_reading.listed, settings, None, _SHOWN)
+    return found.model_dump(mode="json", exclude={"next_step"})
+
+
+_LISTS: Mapping[str, Callable[[Workspace], Awaitable[Any]]] = {
+    "models": models,
+    "clients": clients,
+    "checkpoints": checkpoints,
+    "runs": runs,
+}
 
 
 async def _running(workspace: Workspace) -> str | None:

@@ -1,19 +1,19 @@
 """JSON schemas as short as a host's context deserves: the same values, fewer words.
 
 pydantic repeats each name as a title, says "or null" with an anyOf, and puts models used once
-into $defs. What validates a call or a reply is the pydantic model itself; these are its advert.
+into $defs. What validates a call or a reply is the pydantic model itself; these are its advert:
+whatever it refuses is refused, and what goes without saying it leaves to the model's error.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 Schema = dict[str, Any]
 
 _NULL = {"type": "null"}
-_EVERY_TYPE = ("string", "number", "boolean", "object", "array", "null")
 _BY_NAME = ("properties", "$defs")  # mappings from free names to schemas
 # pydantic leaves a bound behind a BeforeValidator under its own name, which no client knows.
 _BOUNDS = {
@@ -22,49 +22,75 @@ _BOUNDS = {
     "le": "maximum",
     "lt": "exclusiveMaximum",
 }
+# A rank of -3 or an empty path comes from nobody; each such bound costs five tokens in every chat.
+_UNSAID = {"minimum": (0, 1), "exclusiveMinimum": (0,), "minLength": (1,), "minItems": (1,)}
+_FAR = 1e6  # a bound from here on is never met either
+_BRIEF = "brief"  # of an object: the fields to tell of; those left out another tool tells
 
 
 def short_input(schema: Schema) -> Schema:
+    """What hosts are told of a tool's arguments: without the bounds that nobody would cross."""
+    return _mapped(_inlined(_mapped(schema, _short)), _told)
+
+
+def briefly(*fields: str) -> Schema:
+    """For a `Field` that takes an object: tell only of these fields of it, and take all."""
+    return {_BRIEF: list(fields)}
+
+
+def complete_input(schema: Schema) -> Schema:
     """An input schema without titles, docstrings of models, and the null that omission means."""
-    return _inlined(_short(schema))
+    return _mapped(_inlined(_mapped(schema, _short)), _without_brief)
 
 
 def short_output(schema: Schema) -> Schema:
-    """The fields of a reply with their types; what is inside of one shows when it comes."""
-    fields = {
-        name: {"type": types[0] if len(types) == 1 else types} for name, types in _fields(schema)
-    }
-    return {"type": "object", "properties": fields}
+    """The names of a reply's fields, which say what they are; what is in them shows in a reply."""
+    return {"type": "object", "properties": {name: {} for name in schema.get("properties", {})}}
 
 
-def _fields(schema: Schema) -> Iterator[tuple[str, list[str]]]:
-    for name, field in schema.get("properties", {}).items():
-        yield name, _types(field, schema.get("$defs", {}))
-
-
-def _types(field: Schema, definitions: Schema) -> list[str]:
-    """What a field may be, as JSON names it; each once."""
-    if name := _name(field):
-        return _types(definitions[name], definitions)
-    if "anyOf" in field:
-        found = [kind for inner in field["anyOf"] for kind in _types(inner, definitions)]
-        return list(dict.fromkeys(found))
-    return [field["type"]] if "type" in field else list(_EVERY_TYPE)
+def _mapped(schema: Schema, change: Callable[[Schema], Schema]) -> Schema:
+    """The schema and all schemas in it, each changed."""
+    changed = change(schema)
+    for key, value in changed.items():
+        if key in _BY_NAME:
+            changed[key] = {name: _mapped(inner, change) for name, inner in value.items()}
+        elif key in ("items", "additionalProperties") and isinstance(value, dict):
+            changed[key] = _mapped(value, change)
+        elif key in ("anyOf", "oneOf", "prefixItems"):
+            changed[key] = [_mapped(inner, change) for inner in value]
+    return changed
 
 
 def _short(schema: Schema) -> Schema:
     whole = _without_default_null({key: v for key, v in schema.items() if key != "title"})
-    short = {_BOUNDS.get(key, key): value for key, value in whole.items()}
+    short = {_BOUNDS.get(key, key): _whole(value) for key, value in whole.items()}
     if "properties" in short:
         short.pop("description", None)  # a model's docstring, for readers of the code
-    for key, value in short.items():
-        if key in _BY_NAME:
-            short[key] = {name: _short(inner) for name, inner in value.items()}
-        elif key in ("items", "additionalProperties") and isinstance(value, dict):
-            short[key] = _short(value)
-        elif key in ("anyOf", "oneOf", "prefixItems"):
-            short[key] = [_short(inner) for inner in value]
     return short
+
+
+def _without_brief(schema: Schema) -> Schema:
+    return {key: value for key, value in schema.items() if key != _BRIEF}
+
+
+def _told(schema: Schema) -> Schema:
+    told = {key: value for key, value in schema.items() if not _is_unsaid(key, value)}
+    if fields := told.pop(_BRIEF, None):
+        del told["additionalProperties"]
+        told["properties"] = {name: told["properties"][name] for name in fields}
+    return told
+
+
+def _is_unsaid(key: str, value: Any) -> bool:
+    is_far = key in _BOUNDS.values() and abs(value) >= _FAR
+    is_alphabet = key == "pattern" and value.startswith("^[")
+    is_default = key == "additionalProperties" and value is True
+    return is_far or is_alphabet or is_default or value in _UNSAID.get(key, ())
+
+
+def _whole(value: Any) -> Any:
+    """0 for 0.0, which is a token or two shorter and the same number in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _without_default_null(schema: Schema) -> Schema:

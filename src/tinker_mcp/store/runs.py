@@ -103,8 +103,16 @@ class RunStore:
         with self._writing():
             self._connection.execute("UPDATE runs SET spec = ? WHERE run_id = ?", (spec, run_id))
 
-    def take(self, run_id: str, lease: str, pid: int | None, *, before: str | None) -> bool:
-        """Give a run to a new worker, if `before` still is its lease.
+    def take(
+        self,
+        run_id: str,
+        lease: str,
+        pid: int | None,
+        *,
+        before: str | None,
+        spec: str | None = None,
+    ) -> bool:
+        """Give a run to a new worker, if `before` still is its lease; with `spec`, a changed one.
 
         Metrics after its last checkpoint are dropped with it: they will come again. Its state is
         `starting` then, and what ended it is forgotten.
@@ -117,23 +125,67 @@ class RunStore:
             taken = self._connection.execute(
                 "UPDATE runs SET lease = ?, pid = ?, state = 'starting', reason = NULL,"
                 " detail = NULL, stop_asked = NULL, started_at = ?, ended_at = NULL,"
-                " heartbeat_at = ?, step = (SELECT COALESCE(MAX(step), 0) FROM checkpoints"
-                " WHERE checkpoints.run_id = runs.run_id) WHERE run_id = ? AND lease IS ?",
-                (lease, pid, now, now, run_id, before),
+                " heartbeat_at = ?, spec = COALESCE(?, spec) WHERE run_id = ? AND lease IS ?",
+                (lease, pid, now, now, spec, run_id, before),
             ).rowcount
             if taken:
-                self._connection.execute(
-                    "DELETE FROM metrics WHERE run_id = ?1 AND"
-                    " step > (SELECT step FROM runs WHERE run_id = ?1)",
-                    (run_id,),
-                )
+                self._rewind(run_id)
+                self._insert_event(run_id, "state", "starting")
         return bool(taken)
+
+    def end_dead(self, run_id: str, lease: str, detail: str, *, before: str | None) -> bool:
+        """Write `stopped (user)` for a run without a living worker, if `before` is its lease.
+
+        `lease` takes its place, so that a worker that was only stuck writes no more.
+
+        Returns:
+            Whether it was written.
+        """
+        now = time.time()
+        with self._writing():
+            ended = self._connection.execute(
+                "UPDATE runs SET lease = ?, state = 'stopped', reason = 'user', detail = ?,"
+                " ended_at = ? WHERE run_id = ? AND lease IS ?"
+                " AND state IN ('starting', 'running', 'waiting')",
+                (lease, detail, now, run_id, before),
+            ).rowcount
+            if ended:
+                self._insert_event(run_id, "state", f"stopped (user) {detail}")
+        return bool(ended)
 
     # Its worker
 
+    @contextlib.contextmanager
+    def under(self, run_id: str, lease: str) -> Iterator[None]:
+        """One transaction for all that is written in this block, under the lease.
+
+        Nobody can take the run over meanwhile, so what the block writes to the run's files is
+        safe from another worker, too.
+
+        Raises:
+            LeaseLostError: Another worker has the run.
+        """
+        with self._writing():
+            row: Any = self._connection.execute(
+                "SELECT lease FROM runs WHERE run_id = ?", (run_id,)
+            ).fetchone()
+            if row is None or row["lease"] != lease:
+                raise LeaseLostError(f"{run_id} has another worker")
+            yield
+
+    def rewind(self, run_id: str, lease: str) -> CheckpointRow | None:
+        """Go back to the last checkpoint, as `take` does, under the same lease; that checkpoint.
+
+        Without one even the numbers of step 0 are dropped.
+        """
+        with self.under(run_id, lease):
+            self._rewind(run_id)
+        saved = self.checkpoints(run_id)
+        return saved[-1] if saved else None
+
     def beat(self, run_id: str, lease: str, pid: int) -> StopAsked | None:
         """Give a sign of life; answers whether somebody asked to stop."""
-        with self._under(run_id, lease):
+        with self.under(run_id, lease):
             self._connection.execute(
                 "UPDATE runs SET heartbeat_at = ?, pid = ? WHERE run_id = ?",
                 (time.time(), pid, run_id),
@@ -152,7 +204,7 @@ class RunStore:
         """Write a new state, with an event. `ended_at` is set unless it is an active one."""
         now = time.time()
         is_active = state in ("starting", "running", "waiting")
-        with self._under(run_id, lease):
+        with self.under(run_id, lease):
             self._connection.execute(
                 "UPDATE runs SET state = ?, reason = ?, detail = ?, heartbeat_at = ?,"
                 " ended_at = ? WHERE run_id = ?",
@@ -163,7 +215,7 @@ class RunStore:
 
     def spend(self, run_id: str, lease: str, tokens: int, usd: float) -> None:
         """Count tokens that are about to be submitted: before, so that none is ever forgotten."""
-        with self._under(run_id, lease):
+        with self.under(run_id, lease):
             self._connection.execute(
                 "UPDATE runs SET tokens = tokens + ?, usd = usd + ? WHERE run_id = ?",
                 (tokens, usd, run_id),
@@ -173,7 +225,7 @@ class RunStore:
         self, run_id: str, lease: str, kind: MetricKind, step: int, numbers: Mapping[str, float]
     ) -> None:
         """Write the numbers of a step, over those of an earlier time; `train` moves the run on."""
-        with self._under(run_id, lease):
+        with self.under(run_id, lease):
             self._connection.execute(
                 "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?, ?)",
                 (run_id, kind, step, time.time(), json.dumps(dict(numbers))),
@@ -187,7 +239,7 @@ class RunStore:
         self, run_id: str, lease: str, step: int, state_path: str, sampler_path: str, is_final: bool
     ) -> None:
         """Write what a resume begins with."""
-        with self._under(run_id, lease):
+        with self.under(run_id, lease):
             self._connection.execute(
                 "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?)",
                 (run_id, step, time.time(), state_path, sampler_path, is_final),
@@ -195,17 +247,17 @@ class RunStore:
 
     def tell(self, run_id: str, lease: str, kind: EventKind, what: str) -> None:
         """Keep an event."""
-        with self._under(run_id, lease):
+        with self.under(run_id, lease):
             self._insert_event(run_id, kind, what)
 
     # Everybody
 
-    def metrics(self, run_id: str, kind: MetricKind) -> list[MetricRow]:
-        """By step, up to the one that the run is at."""
+    def metrics(self, run_id: str, kind: MetricKind, after: int = -1) -> list[MetricRow]:
+        """By step, those after `after`, up to the one that the run is at."""
         rows = self._connection.execute(
             "SELECT kind, step, at, numbers FROM metrics WHERE run_id = ? AND kind = ?"
-            " ORDER BY step",
-            (run_id, kind),
+            " AND step > ? ORDER BY step",
+            (run_id, kind, after),
         )
         return [MetricRow(r["kind"], r["step"], r["at"], json.loads(r["numbers"])) for r in rows]
 
@@ -227,6 +279,16 @@ class RunStore:
         )
         return [EventRow(**row) for row in rows]
 
+    def _rewind(self, run_id: str) -> None:
+        saved = self._connection.execute(
+            "SELECT MAX(step) FROM checkpoints WHERE run_id = ?", (run_id,)
+        ).fetchone()[0]
+        self._connection.execute("UPDATE runs SET step = ? WHERE run_id = ?", (saved or 0, run_id))
+        self._connection.execute(
+            "DELETE FROM metrics WHERE run_id = ? AND step > ?",
+            (run_id, -1 if saved is None else saved),
+        )
+
     def _insert_event(self, run_id: str, kind: EventKind, what: str) -> None:
         self._connection.execute(
             "INSERT INTO events (run_id, at, kind, what) VALUES (?, ?, ?, ?)",
@@ -234,26 +296,19 @@ class RunStore:
         )
 
     @contextlib.contextmanager
-    def _under(self, run_id: str, lease: str) -> Iterator[None]:
-        """A transaction of the worker that holds the lease."""
-        with self._writing():
-            row: Any = self._connection.execute(
-                "SELECT lease FROM runs WHERE run_id = ?", (run_id,)
-            ).fetchone()
-            if row is None or row["lease"] != lease:
-                raise LeaseLostError(f"{run_id} has another worker")
-            yield
-
-    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
+        """A transaction, or the one that is open already."""
+        if self._connection.in_transaction:
+            yield
+            return
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._connection.execute("COMMIT")  # which may fail, too: the disk may be full
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
-        self._connection.execute("COMMIT")
 
 
 def exists(home: Path) -> bool:

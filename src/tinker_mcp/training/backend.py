@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 import anyio
@@ -29,15 +29,13 @@ from tinker_mcp.errors import (
     InvalidInputError,
 )
 from tinker_mcp.settings import HOSTED_URL, LOCAL_IDLE_EXIT_S, Settings
-from tinker_mcp.training import proxies, sdk_logs
+from tinker_mcp.training import proxies, reaching, sdk_logs
 from tinker_mcp.training.lifeline import Lifeline, reading_end
-
-if TYPE_CHECKING:
-    import httpx  # 40 ms, of which the first call has more to spare than `initialize`
 
 log = structlog.get_logger()
 
 HEALTH_TIMEOUT_S = 2.5
+_SERVER_ERROR = 500
 _POLL_S = 0.2
 _SHOWN_CHARACTERS = 900
 
@@ -67,7 +65,7 @@ class Backend:
     @property
     def is_loopback(self) -> bool:
         """Whether it is on this machine."""
-        return proxies.is_loopback(urlsplit(self.base_url).hostname or "")
+        return reaching.is_loopback(self.base_url)
 
     async def is_healthy(self) -> bool:
         """Whether it answers within HEALTH_TIMEOUT_S. Any answer below 500 counts."""
@@ -79,20 +77,25 @@ class Backend:
         BackendGoneError where nothing accepts a connection; a backend that accepts one and stays
         silent may only be busy.
         """
-        import httpx
-
         try:
-            async with self._http() as http:
-                answer = await http.get(f"{self.base_url}/api/v1/healthz")
-        except (httpx.ConnectError, httpx.ConnectTimeout):
+            status = await reaching.status(f"{self.base_url}/api/v1/healthz", HEALTH_TIMEOUT_S)
+        except ConnectionRefusedError:
             return BackendGoneError(
                 f"The backend {self.label} does not answer: nothing listens there.",
                 next_step="Call check_setup; work that was saved as a checkpoint is not lost.",
             )
-        except httpx.HTTPError:
+        except TimeoutError:
             return self._silence()
-        failed = answer.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
-        return self._silence() if failed else None
+        return self._silence() if status >= _SERVER_ERROR else None
+
+    async def is_still_there(self) -> bool:
+        """Whether one that has just answered still does, so far as that can be had for nothing.
+
+        On this machine: something listens. Elsewhere that would take a round trip.
+        """
+        if not reaching.is_plain_loopback(self.base_url):
+            return True
+        return await reaching.accepts(self.base_url, HEALTH_TIMEOUT_S)
 
     def _silence(self) -> BackendUnreachableError:
         end_it = "" if self.pid is None else f" If it stays so, end its process {self.pid}."
@@ -113,22 +116,13 @@ class Backend:
         headers = {"X-API-Key": self.api_key}
         url = f"{self.base_url}/api/v1/get_server_capabilities"
         try:
-            async with self._http() as http:
+            async with reaching.http_client(url, HEALTH_TIMEOUT_S) as http:
                 answer = await http.get(url, headers=headers)
         except httpx.HTTPError as error:
             return f"no answer ({type(error).__name__})"
         if answer.status_code in (401, 403):
             return f"the API key was refused (HTTP {answer.status_code})"
         return None if answer.is_success else f"HTTP {answer.status_code}"
-
-    def _http(self) -> httpx.AsyncClient:
-        import httpx
-
-        # Loading certificates takes 20 ms, which plain HTTP does not need; nor loopback a proxy.
-        is_plain = self.base_url.startswith("http://")
-        return httpx.AsyncClient(
-            timeout=HEALTH_TIMEOUT_S, verify=not is_plain, trust_env=not self.is_loopback
-        )
 
 
 class BackendConnector:

@@ -139,13 +139,25 @@ def context_length(
 
 def _read(workspace: Workspace, plan: BuildPlan) -> tuple[list[Example], list[Problem]]:
     if plan.path is not None:
-        path = roots.allowed(plan.path, workspace.connector.settings)
-        rows, problems = datasets.read_file(path, plan.path, plan.kind, plan.columns)
+        rows, problems = read(workspace, plan.path, plan.kind, plan.columns)
     else:
         rows, problems = datasets.read_inline(plan.conversations or (), plan.kind, plan.columns)
     if problems and not (plan.skip_invalid and rows):
         raise _refuse(problems, len(rows) + len(problems))
     return rows, problems
+
+
+def read(
+    workspace: Workspace, path: str, kind: str, columns: Columns
+) -> tuple[list[Example], list[Problem]]:
+    """What a file that an agent named holds, and the rows that hold none. Blocks.
+
+    Raises:
+        InvalidInputError: It lies outside the roots, or is no file that can be read.
+        NotFoundError: There is no such file.
+    """
+    resolved = roots.allowed(path, workspace.connector.settings)
+    return datasets.read_file(resolved, path, kind, columns)
 
 
 def _refuse(problems: Sequence[Problem], total: int) -> InvalidInputError:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
 
@@ -19,11 +20,12 @@ from tinker_mcp.errors import (
     NotFoundError,
     RequestFailedError,
 )
-from tinker_mcp.training import recovery, sdk_errors
+from tinker_mcp.training import recovery, sdk_errors, sessions
 from tinker_mcp.training.backend import Backend, BackendConnector
 from tinker_mcp.training.datums import DatumSet
 from tinker_mcp.training.groups import Group
 from tinker_mcp.training.loop import TrainLoop
+from tinker_mcp.training.sessions import NewClient, Opened
 from tinker_mcp.training.waiting import Turns, Unfinished
 
 if TYPE_CHECKING:
@@ -31,27 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_CLOSE_LIMIT_S = 2.0
-
-
-@dataclass(frozen=True)
-class NewClient:
-    """What create_training_client asks for: a fresh adapter, or one from a checkpoint."""
-
-    base_model: str | None
-    checkpoint: str | None
-    rank: int
-    seed: int | None
-    train_mlp: bool
-    train_attn: bool
-    train_unembed: bool
-    load_optimizer: bool
-
-    def from_state(self, checkpoint: str) -> NewClient:
-        """The same client from a state it saved; from the one it began with, as it began."""
-        if checkpoint == self.checkpoint:
-            return self
-        return replace(self, base_model=None, checkpoint=checkpoint, load_optimizer=True)
+FRESH_S = 1.0  # a backend that answered within this is not asked again whether it is there
 
 
 @dataclass
@@ -88,6 +70,15 @@ class OpenClient:
     recovering: anyio.Lock = field(default_factory=anyio.Lock)
     order: asyncio.Lock = field(default_factory=asyncio.Lock)
     references: dict[str, Sequence[float]] = field(default_factory=dict)
+    _heard_at: float = -math.inf
+
+    def heard(self) -> None:
+        """Take note that its backend has just answered."""
+        self._heard_at = time.monotonic()
+
+    def silent_s(self) -> float:
+        """Seconds since its backend last answered."""
+        return time.monotonic() - self._heard_at
 
     @contextlib.contextmanager
     def counting_step(self) -> Iterator[None]:
@@ -118,14 +109,14 @@ class OpenClient:
             loop.close()
         self.loops.clear()
 
-    def revive(self, backend: Backend, opened: _Opened) -> int:
+    def revive(self, backend: Backend, opened: Opened) -> int:
         """Go on with another client of the SDK in the place of the lost one.
 
         Returns:
             How many steps of unfinished `train` calls are taken again, their results being lost.
         """
         self.unfinished.close()
-        _let_go(self.service)
+        sessions.let_go(self.service)
         self.backend, self.service, self.tinker_client = backend, *opened
         self.unfinished, self.sampler, self.lost_because = Turns(), None, None
         taken_again = 0
@@ -170,7 +161,10 @@ class Workspace:
                 if self._service is not None:
                     self._service[1].close("errored")  # its heartbeats would go on for ever
                 with sdk_errors.told():
-                    self._service = (backend, await anyio.to_thread.run_sync(_open, backend))
+                    self._service = (
+                        backend,
+                        await anyio.to_thread.run_sync(sessions.open_service, backend),
+                    )
         return self._service
 
     async def ask(
@@ -186,7 +180,7 @@ class Workspace:
 
         async def start() -> T:
             with sdk_errors.told():
-                return await question(await anyio.to_thread.run_sync(_rest, backend))
+                return await question(await anyio.to_thread.run_sync(sessions.rest_client, backend))
 
         answer = await self.unfinished.finish((what, backend), start, backend, deadline)
         if answer is None:
@@ -239,8 +233,11 @@ class Workspace:
         is_local = client.backend.kind == "local"
         if is_local and self.connector.running() not in (None, client.backend):
             return _ended(client.backend)
+        if client.silent_s() < FRESH_S and await client.backend.is_still_there():
+            return None
         absence = await client.backend.absence()
         if absence is None:
+            client.heard()
             return None
         if is_local and isinstance(absence, BackendGoneError):
             return _ended(client.backend)
@@ -254,7 +251,7 @@ class Workspace:
         backend = await self.connector.connect()
 
         async def start() -> int:
-            return client.revive(backend, await _opened(backend, new))
+            return client.revive(backend, await sessions.opened(backend, new))
 
         key = ("recreate", client.client_id, new)
         try:
@@ -287,7 +284,7 @@ class Workspace:
         backend = await self.connector.connect()
 
         async def start() -> OpenClient:
-            service, tinker_client = await _opened(backend, new)
+            service, tinker_client = await sessions.opened(backend, new)
             info = tinker_client.get_info()
             client = OpenClient(
                 client_id=self.next_id("client"),
@@ -308,12 +305,10 @@ class Workspace:
     @contextlib.asynccontextmanager
     async def frozen(self, client: OpenClient) -> AsyncIterator[tinker.TrainingClient]:
         """A second training client on what this one was opened from, for as long as the block."""
-        new = replace(client.origin, load_optimizer=False)
-        service, frozen = await _opened(client.backend, new)
-        try:
+        async with sessions.in_session(
+            client.backend, replace(client.origin, load_optimizer=False)
+        ) as frozen:
             yield frozen
-        finally:
-            await _closed([service], client.backend)
 
     async def close_client(self, client_id: str) -> OpenClient:
         """Free a training client, with the session that was opened for it.
@@ -323,7 +318,7 @@ class Workspace:
         """
         client = self.clients.pop(self.client(client_id).client_id)
         client.abandon_work()
-        await _closed([client.service], client.backend)
+        await sessions.end([client.service], client.backend)
         return client
 
     async def close(self) -> None:
@@ -335,7 +330,7 @@ class Workspace:
             services.setdefault(client.backend, []).append(client.service)
         if self._service is not None:
             services.setdefault(self._service[0], []).append(self._service[1])
-        await asyncio.gather(*(_closed(group, backend) for backend, group in services.items()))
+        await asyncio.gather(*(sessions.end(group, backend) for backend, group in services.items()))
 
 
 @contextlib.contextmanager
@@ -366,72 +361,3 @@ def _ended(backend: Backend) -> str:
 
 def _session_ended(backend: Backend) -> str:
     return f"its session on {backend.label} has ended"
-
-
-_Opened: TypeAlias = "tuple[tinker.ServiceClient, tinker.TrainingClient]"
-
-
-async def _opened(backend: Backend, new: NewClient) -> _Opened:
-    """A training client in a session of its own: ending that is the only way to free it."""
-    with sdk_errors.told():
-        service = await anyio.to_thread.run_sync(_open, backend)
-        try:
-            return service, await _submit(service, new)
-        except BaseException:
-            _let_go(service)
-            raise
-
-
-async def _closed(services: list[tinker.ServiceClient], backend: Backend) -> None:
-    """End sessions, if that is quick: without their heartbeats they expire anyway."""
-    if not await backend.is_healthy():
-        for service in services:
-            _let_go(service)
-        return
-    with contextlib.suppress(Exception):
-        ends = [service.close("success").result_async() for service in services]
-        await asyncio.wait_for(asyncio.gather(*ends), _CLOSE_LIMIT_S)
-
-
-def _let_go(service: tinker.ServiceClient) -> None:
-    """Have the SDK end a session by itself, however long that takes; its heartbeats stop."""
-    with contextlib.suppress(Exception):
-        service.close("errored")
-
-
-def _open(backend: Backend) -> tinker.ServiceClient:
-    """A ServiceClient, in a thread: importing the SDK takes seconds."""
-    import tinker
-
-    return tinker.ServiceClient(
-        user_metadata={"client": "tinker-mcp"},
-        base_url=backend.base_url,
-        api_key=backend.api_key,
-    )
-
-
-def _rest(backend: Backend) -> tinker.RestClient:
-    """A RestClient, in a thread: the first one on a backend asks for its configuration."""
-    import tinker
-
-    return tinker.RestClient(base_url=backend.base_url, api_key=backend.api_key)
-
-
-async def _submit(service: tinker.ServiceClient, new: NewClient) -> tinker.TrainingClient:
-    # In a thread: the first use of a ServiceClient opens its session and blocks meanwhile.
-    def submit() -> Any:
-        if new.checkpoint is None:
-            return service.create_lora_training_client(
-                base_model=str(new.base_model),
-                rank=new.rank,
-                seed=new.seed,
-                train_mlp=new.train_mlp,
-                train_attn=new.train_attn,
-                train_unembed=new.train_unembed,
-            )
-        if new.load_optimizer:
-            return service.create_training_client_from_state_with_optimizer(new.checkpoint)
-        return service.create_training_client_from_state(new.checkpoint)
-
-    created: tinker.TrainingClient = await (await anyio.to_thread.run_sync(submit))
-    return created

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -49,11 +51,16 @@ class DatumSet:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Datums of conversations, how many of these were truncated, and why others gave none."""
+    """Datums of conversations, how many of these were truncated, and why others gave none.
+
+    Attributes:
+        lost_tokens: What the truncated ones lost together.
+    """
 
     datums: Sequence[tinker.Datum]
     truncated: int
     problems: Sequence[Problem]
+    lost_tokens: int = 0
 
 
 def supervised_datum(
@@ -62,7 +69,7 @@ def supervised_datum(
     train_on_what: str,
     max_length: int,
     reduction: Reduction,
-) -> tuple[tinker.Datum, bool]:
+) -> tuple[tinker.Datum, int]:
     """Make a datum for `cross_entropy`, shifted so that position t predicts token t+1.
 
     Args:
@@ -71,7 +78,7 @@ def supervised_datum(
 
     Returns:
         The datum, of N-1 positions for N tokens (`model_input` tokens[:-1], `target_tokens`
-        tokens[1:], `weights` weights[1:]), and whether it was truncated.
+        tokens[1:], `weights` weights[1:]), and how many tokens were cut off.
 
     Raises:
         InvalidInputError: The renderer refuses the conversation, or no target carries weight.
@@ -80,12 +87,13 @@ def supervised_datum(
         model_input, weights = renderer.supervised(messages.messages, train_on_what)  # type: ignore[arg-type]  # checked by formats
     except Exception as error:  # a renderer refuses with assertions as well as with RendererError
         raise _refused(f"the renderer {renderer.name} refuses it: {str(error)[:200]}") from error
-    return _datum(model_input, weights, max_length, reduction), model_input.length > max_length
+    cut = max(0, model_input.length - max_length)
+    return _datum(model_input, weights, max_length, reduction), cut
 
 
 def text_datum(
     text: Text, renderer: ModelRenderer, max_length: int, reduction: Reduction
-) -> tuple[tinker.Datum, bool]:
+) -> tuple[tinker.Datum, int]:
     """Like `supervised_datum`, of plain text: no chat format, every target token trained.
 
     Raises:
@@ -98,19 +106,20 @@ def text_datum(
         raise _refused(f"its text is {len(tokens)} token long, so none follows another")
     model_input = tinker.ModelInput.from_ints(tokens)
     weights = [1.0] * len(tokens)
-    return _datum(model_input, weights, max_length, reduction), len(tokens) > max_length
+    cut = max(0, len(tokens) - max_length)
+    return _datum(model_input, weights, max_length, reduction), cut
 
 
 def preference_datums(
     pair: Pair, renderer: ModelRenderer, max_length: int
-) -> tuple[list[tinker.Datum], bool]:
+) -> tuple[list[tinker.Datum], int]:
     """Two datums, chosen then rejected, each trained on its last reply only.
 
     What `tinker_cookbook.preference.dpo_datasets` makes of a comparison: DPO compares sums of
     logprobs, so the weights stay 0 or 1.
 
     Returns:
-        The two, and whether one of them was truncated.
+        The two, and how many tokens were cut off from both.
 
     Raises:
         InvalidInputError: As for `supervised_datum`, or what is left of the two is the same.
@@ -119,20 +128,20 @@ def preference_datums(
     for name, messages in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         side = Conversation(pair.place, messages)
         try:
-            datum, was_cut = supervised_datum(
+            datum, cut = supervised_datum(
                 side, renderer, "last_assistant_message", max_length, "none"
             )
         except InvalidInputError as error:
             raise _refused(f"{name}: {error.problem}") from error
         datums.append(datum)
-        cuts.append(was_cut)
+        cuts.append(cut)
     if _tokens(datums[0]) == _tokens(datums[1]):
         raise _refused(
             f"chosen and rejected are the same within max_length {max_length}"
             if any(cuts)
             else "chosen and rejected are the same tokens"
         )
-    return datums, any(cuts)
+    return datums, sum(cuts)
 
 
 def render(
@@ -148,22 +157,36 @@ def render(
         train_on_what, reduction: For conversations; a pair has its own rule, a text trains all.
     """
     datums: list[tinker.Datum] = []
-    truncated = 0
+    truncated = lost_tokens = 0
     problems: list[Problem] = []
     vocabulary = renderer.vocabulary_size
-    for example in examples:
-        try:
-            made, was_cut = _datums_of(example, renderer, train_on_what, max_length, reduction)
-            for datum in made:
-                what = datum_problem(datum, vocabulary)
-                if what:
-                    raise _refused(what)
-        except InvalidInputError as error:
-            problems.append(Problem(example.place, error.problem, "not_rendered"))
-            continue
-        datums += made
-        truncated += was_cut
-    return Rendered(datums, truncated, problems)
+    with _without_collections():
+        for example in examples:
+            try:
+                made, cut = _datums_of(example, renderer, train_on_what, max_length, reduction)
+                for datum in made:
+                    what = datum_problem(datum, vocabulary)
+                    if what:
+                        raise _refused(what)
+            except InvalidInputError as error:
+                problems.append(Problem(example.place, error.problem, "not_rendered"))
+                continue
+            datums += made
+            truncated += cut > 0
+            lost_tokens += cut
+    return Rendered(datums, truncated, problems, lost_tokens)
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Let Python not look for cycles among all the new objects: that takes a third of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _datums_of(
@@ -172,14 +195,14 @@ def _datums_of(
     train_on_what: str,
     max_length: int,
     reduction: Reduction,
-) -> tuple[list[tinker.Datum], bool]:
+) -> tuple[list[tinker.Datum], int]:
     if isinstance(example, Pair):
         return preference_datums(example, renderer, max_length)
     if isinstance(example, Text):
-        datum, was_cut = text_datum(example, renderer, max_length, reduction)
+        datum, cut = text_datum(example, renderer, max_length, reduction)
     else:
-        datum, was_cut = supervised_datum(example, renderer, train_on_what, max_length, reduction)
-    return [datum], was_cut
+        datum, cut = supervised_datum(example, renderer, train_on_what, max_length, reduction)
+    return [datum], cut
 
 
 def _datum(
@@ -224,16 +247,25 @@ def measure(datums: Sequence[tinker.Datum]) -> TokenStatistics:
 
 def trained_tokens(datum: tinker.Datum) -> int:
     """Target tokens that count in the loss."""
-    return sum(is_trained(datum))
+    what_counts = _what_counts(datum)
+    return (
+        datum.model_input.length
+        if what_counts is None
+        else int((what_counts.to_numpy() != 0).sum())
+    )
 
 
 def is_trained(datum: tinker.Datum) -> list[bool]:
     """Whether each target token counts: by its weight, its mask, or an advantage other than 0."""
+    what_counts = _what_counts(datum)
+    if what_counts is None:
+        return [True] * datum.model_input.length
+    return [value != 0 for value in what_counts.tolist()]
+
+
+def _what_counts(datum: tinker.Datum) -> tinker.TensorData | None:
     inputs = datum.loss_fn_inputs
-    for name in ("weights", "mask", "advantages"):
-        if name in inputs:
-            return [value != 0 for value in inputs[name].tolist()]
-    return [True] * datum.model_input.length
+    return next((inputs[n] for n in ("weights", "mask", "advantages") if n in inputs), None)
 
 
 def weight_sum(datums: Sequence[tinker.Datum]) -> float:
@@ -246,4 +278,4 @@ def weight_sum(datums: Sequence[tinker.Datum]) -> float:
 
 def _weight(datum: tinker.Datum) -> float:
     weights = datum.loss_fn_inputs.get("weights")
-    return trained_tokens(datum) if weights is None else sum(weights.tolist())
+    return trained_tokens(datum) if weights is None else float(weights.to_numpy().sum(dtype=float))

@@ -42,17 +42,22 @@ class DpoLoss:
         self, client: tinker.TrainingClient, datums: Sequence[tinker.Datum]
     ) -> Coroutine[Any, Any, tinker.ForwardBackwardOutput]:
         """Submit now; the coroutine waits for the answer."""
-        return _to_its_end(client.forward_backward_custom(list(datums), self._function(datums)))
+        return _to_its_end(client.forward_backward_custom(list(datums), self.function(datums)))
 
     async def forward(
         self, client: tinker.TrainingClient, datums: Sequence[tinker.Datum]
     ) -> tinker.ForwardBackwardOutput:
         """The same numbers without a gradient, from a plain forward pass."""
+        return self.scored(await client.forward(list(datums), "cross_entropy"), datums)
+
+    def scored(
+        self, output: tinker.ForwardBackwardOutput, datums: Sequence[tinker.Datum]
+    ) -> tinker.ForwardBackwardOutput:
+        """What a plain forward pass answered, with this loss and its metrics added."""
         import torch
 
-        output: tinker.ForwardBackwardOutput = await client.forward(list(datums), "cross_entropy")
         logprobs = [torch.tensor(found["logprobs"].data) for found in output.loss_fn_outputs]
-        loss, metrics = self._function(datums)(list(datums), logprobs)
+        loss, metrics = self.function(datums)(list(datums), logprobs)
         output.metrics.update(metrics, **{"loss:sum": float(loss)})
         return output
 
@@ -64,9 +69,10 @@ class DpoLoss:
         """Share of pairs in the right order, and rewards in units of beta * nats."""
         return {name: float(output.metrics[name]) for name in _METRICS}
 
-    def _function(
+    def function(
         self, datums: Sequence[tinker.Datum]
     ) -> Callable[[list[tinker.Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]:
+        """For `forward_backward_custom` of these datums: the loss, a scalar, and its metrics."""
         import torch
         from tinker_cookbook.preference.train_dpo import compute_dpo_loss
 
@@ -86,7 +92,7 @@ class DpoLoss:
 
 async def prepare(workspace: Workspace, client: OpenClient, data: DatumSet, beta: float) -> DpoLoss:
     """The loss of this client on these datums; asks for the references at the first time."""
-    await anyio.to_thread.run_sync(_load)
+    await anyio.to_thread.run_sync(load)
     if data.data_id not in client.references:
         client.references[data.data_id] = await _references(workspace, client, data)
     known = zip(data.datums, client.references[data.data_id], strict=True)
@@ -96,16 +102,22 @@ async def prepare(workspace: Workspace, client: OpenClient, data: DatumSet, beta
 async def _references(
     workspace: Workspace, client: OpenClient, data: DatumSet
 ) -> tuple[float, ...]:
-    import torch
-
     # A new adapter, whatever its seed, is the base model.
     async with workspace.frozen(client) as frozen:
         with sdk_errors.told():
             output = await frozen.forward(list(data.datums), "cross_entropy")
+    return references_of(output, data.datums)
+
+
+def references_of(
+    output: tinker.ForwardBackwardOutput, datums: Sequence[tinker.Datum]
+) -> tuple[float, ...]:
+    """Each datum's sum of weight * log-probability, from a forward pass of the frozen start."""
+    import torch
+
     found = [torch.tensor(out["logprobs"].data) for out in output.loss_fn_outputs]
     return tuple(
-        float(_weighted(datum, logprobs))
-        for datum, logprobs in zip(data.datums, found, strict=True)
+        float(_weighted(datum, logprobs)) for datum, logprobs in zip(datums, found, strict=True)
     )
 
 
@@ -125,6 +137,6 @@ async def _as_coroutine(future: tinker.APIFuture[Any]) -> Any:
     return await future
 
 
-def _load() -> None:
+def load() -> None:
     """Import what the loss needs, in a thread: it takes seconds."""
     import tinker_cookbook.preference.train_dpo  # noqa: F401 - for its effect

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,34 @@ SWEEP_SOURCE = (
     "best for 14 of 27 models in Tinker's supervised sweep at batch size 128 (LoRA); "
     "1e-3 for 10 others; 72 of 80 runs at 3e-3 diverged"
 )
+
+DPO_LEARNING_RATE = 1e-5
+DPO_SOURCE = "the default of tinker_cookbook.preference.train_dpo"
+
+RETIRED_ON = "2026-06-12"
+RETIREMENTS_SOURCE = "https://tinker-docs.thinkingmachines.ai/tinker/model-deprecations/"
+# As that page recommended in November 2026.
+REPLACEMENTS: Mapping[str, str] = {
+    "Qwen/Qwen3.5-35B-A3B": "Qwen/Qwen3.6-35B-A3B",
+    "Qwen/Qwen3.5-27B": "Qwen/Qwen3.6-27B",
+    "Qwen/Qwen3-30B-A3B": "Qwen/Qwen3.6-35B-A3B",
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": "Qwen/Qwen3.6-35B-A3B",
+}
+# Retired on the same day; these are only the nearest in size of those served in October 2026.
+NEAREST: Mapping[str, str] = {
+    "Qwen/Qwen3-30B-A3B-Base": "Qwen/Qwen3.6-35B-A3B",
+    "Qwen/Qwen3-32B": "Qwen/Qwen3.6-27B",
+    "Qwen/Qwen3-235B-A22B-Instruct-2507": "Qwen/Qwen3.5-397B-A17B",
+    "Qwen/Qwen3-4B-Instruct-2507": "Qwen/Qwen3.5-4B",
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": "Qwen/Qwen3.6-35B-A3B",
+    "Qwen/Qwen3-VL-235B-A22B-Instruct": "Qwen/Qwen3.5-397B-A17B",
+    "meta-llama/Llama-3.1-8B": "Qwen/Qwen3-8B",
+    "meta-llama/Llama-3.1-8B-Instruct": "Qwen/Qwen3-8B",
+    "meta-llama/Llama-3.1-70B": "Qwen/Qwen3.6-35B-A3B",
+    "meta-llama/Llama-3.2-1B": "Qwen/Qwen3.5-4B",
+    "meta-llama/Llama-3.2-3B": "Qwen/Qwen3.5-4B",
+    "meta-llama/Llama-3.3-70B-Instruct": "Qwen/Qwen3.6-35B-A3B",
+}
 
 # Renderers tried on a model that the cookbook does not know, most specific first.
 _CANDIDATES = ("qwen3_instruct", "llama3", "qwen3", "qwen3_5", "deepseekv3")
@@ -44,6 +73,43 @@ def learning_rate(model_name: str) -> Advice:
         except (NotImplementedError, ValueError):
             pass  # not calibrated for this family
     return Advice(SWEEP_LEARNING_RATE, SWEEP_SOURCE)
+
+
+def dpo_learning_rate() -> Advice:
+    """A learning rate to start DPO from, whatever the model."""
+    return Advice(DPO_LEARNING_RATE, DPO_SOURCE)
+
+
+def absent(model_name: str, served: Sequence[str]) -> tuple[str, str]:
+    """What to say of a model that a backend does not serve, and what to take instead.
+
+    Args:
+        served: What it does serve, which alone says what exists.
+    """
+    problem = f"{model_name!r} is not among the {len(served)} models that can be trained here"
+    replacement = REPLACEMENTS.get(model_name)
+    nearest = NEAREST.get(model_name)
+    if replacement or nearest:
+        problem += f": Tinker retired it on {RETIRED_ON}"
+    close = difflib.get_close_matches(model_name, served, n=3, cutoff=0.6) or list(served)[:3]
+    fix = f"Use one that is served, such as {', '.join(close)} (list_models has all)."
+    if replacement in served:
+        fix = f'Use base_model="{replacement}", its replacement by {RETIREMENTS_SOURCE}.'
+    elif nearest in served:
+        fix = f'Use base_model="{nearest}", which is the nearest in size; see {RETIREMENTS_SOURCE}.'
+    elif replacement or nearest:
+        fix = f"On the hosted service {replacement or nearest} takes its place. Here: {fix}"
+    return problem, fix
+
+
+def fitting_renderers(model_name: str, load_tokenizer: Callable[[], Any]) -> Sequence[str]:
+    """The renderers that fit a model, the recommended one first."""
+    recommended = str(renderer(model_name, load_tokenizer).value)
+    if not _is_in_cookbook(model_name):
+        return (recommended,)
+    from tinker_cookbook.model_info import get_recommended_renderer_names
+
+    return (recommended, *get_recommended_renderer_names(model_name))
 
 
 def renderer(model_name: str, load_tokenizer: Callable[[], Any]) -> Advice:

@@ -58,4 +58,7 @@ async def submitted_in_turn(
     finally:
         order.release()
     with told_about(client):
-        return await work.waiting.collect(work.key, task, client.backend, deadline)
+        result = await work.waiting.collect(work.key, task, client.backend, deadline)
+    if result is not None:
+        client.heard()
+    return result

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from tinker_mcp.errors import ClientLostError
 
 if TYPE_CHECKING:
-    from tinker_mcp.training.clients import NewClient, OpenClient
+    from tinker_mcp.training.clients import OpenClient
+    from tinker_mcp.training.sessions import NewClient
 
 POISONED = "a custom loss of it failed or was cancelled, after which it accepts no requests"
 

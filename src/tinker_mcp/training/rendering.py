@@ -6,6 +6,7 @@ the network and the user's cache stays as it is.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,9 @@ from tinker_mcp.training.backend import Backend
 if TYPE_CHECKING:
     import tinker
     from tinker_cookbook.renderers import Message, Renderer, TrainOnWhat
+
+_SPLIT = frozenset({"split_special_tokens"})
+_SHORT = 40  # characters: headers and ends of turns
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,44 @@ def load(backend: Backend, model_name: str, renderer_name: str | None) -> ModelR
 
 @lru_cache(maxsize=16)
 def _tokenizer(model_name: str, hub_cache: Path | None) -> Any:
+    return _quickened(_loaded_tokenizer(model_name, hub_cache))
+
+
+def _quickened(tokenizer: Any) -> Any:
+    """The tokenizer with an `encode` that goes straight to the Rust one where it can.
+
+    Renderers call it thrice a message, with texts that are the same for every message among them,
+    and transformers spends more on each call's options than on the text.
+    """
+    rust = getattr(tokenizer, "backend_tokenizer", None)
+    if rust is None:
+        return tokenizer
+    full = tokenizer.encode
+    one_at_a_time = threading.RLock()  # an option is set on the Rust one, and then it is called
+
+    def ids(text: str, split_special_tokens: bool) -> Sequence[int]:
+        with one_at_a_time:
+            rust.encode_special_tokens = split_special_tokens
+            found: list[int] = rust.encode(text, add_special_tokens=False).ids
+            return found
+
+    short_ids = lru_cache(maxsize=4096)(ids)
+
+    def encode(text: Any, *args: Any, add_special_tokens: bool = True, **options: Any) -> list[int]:
+        split = options.get("split_special_tokens", tokenizer.split_special_tokens)
+        if args or add_special_tokens or not isinstance(text, str) or options.keys() - _SPLIT:
+            with one_at_a_time:
+                options["add_special_tokens"] = add_special_tokens
+                found: list[int] = full(text, *args, **options)
+                return found
+        return list((short_ids if len(text) <= _SHORT else ids)(text, split))
+
+    full("")  # without truncation and padding, which it sets at every call
+    tokenizer.encode = encode
+    return tokenizer
+
+
+def _loaded_tokenizer(model_name: str, hub_cache: Path | None) -> Any:
     if hub_cache is None:
         return _remote_tokenizer(model_name)
     from transformers import AutoTokenizer
@@ -178,6 +220,15 @@ def _remote_tokenizer(model_name: str) -> Any:
             f"No tokenizer for {model_name!r}: {str(error)[:300]}",
             next_step="Check the name with list_models, and that the hub can be reached.",
         ) from error
+
+
+def fitting(backend: Backend, model_name: str) -> Sequence[str]:
+    """The renderers that fit a model, the recommended one first. Blocks.
+
+    Raises:
+        InvalidInputError: The tokenizer is needed and cannot be found.
+    """
+    return models.fitting_renderers(model_name, lambda: _tokenizer(model_name, backend.hub_cache))
 
 
 def advice(backend: Backend, model_name: str) -> models.Advice | None:

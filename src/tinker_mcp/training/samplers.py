@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,17 +18,30 @@ from tinker_mcp.training.rendering import ModelRenderer
 if TYPE_CHECKING:
     import tinker
 
+SOURCES: Mapping[str, Sequence[str]] = {
+    "sample": ("client_id", "checkpoint", "run_id", "base_model"),
+    "compute_logprobs": ("client_id", "checkpoint", "base_model"),
+}
+"""Whose weights a tool takes, by the names of its arguments."""
+
 Rendered = TypeVar("Rendered")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Whose weights; exactly one is set."""
+    """Whose weights; exactly one is set, and for a run its newest sampler weights as well."""
 
     client_id: str | None = None
     checkpoint: str | None = None
     base_model: str | None = None
+    run_id: str | None = None
+    newest_of_run: str | None = None
+
+    @property
+    def model_path(self) -> str | None:
+        """Sampler weights that are saved."""
+        return self.checkpoint or self.newest_of_run
 
     def check(self, tool: str) -> None:
         """Refuse none or several.
@@ -36,12 +49,13 @@ class Source:
         Raises:
             InvalidInputError: Not exactly one is set.
         """
-        given = [name for name, value in vars(self).items() if value is not None]
+        takes = SOURCES[tool]
+        given = [name for name in takes if getattr(self, name) is not None]
         if len(given) != 1:
             said = " and ".join(given) or "nothing"
             raise InvalidInputError(
                 f"{tool} got {said} to sample from.",
-                next_step="Give exactly one of client_id, checkpoint and base_model.",
+                next_step=f"Give exactly one of {', '.join(takes[:-1])} and {takes[-1]}.",
             )
 
 
@@ -121,12 +135,12 @@ async def _of_source(backend: Backend, service: tinker.ServiceClient, source: So
     with sdk_errors.told():
         pending = await anyio.to_thread.run_sync(
             lambda: service.create_sampling_client(
-                model_path=source.checkpoint, base_model=source.base_model
+                model_path=source.model_path, base_model=source.base_model
             )
         )
         client = await pending
         base_model = str(client.get_base_model())
-    weights = source.checkpoint or f"{source.base_model}, untrained"
+    weights = source.model_path or f"{source.base_model}, untrained"
     return Sampler(client, backend, base_model, weights)
 
 

@@ -93,15 +93,12 @@ async def save_checkpoint(
             description="Unique for this client.",
         ),
     ],
-    kind: Annotated[
-        SavedKind, Field(description="state to train on from, sampler to sample from.")
-    ] = "both",
-    ttl_s: Annotated[Ttl | None, Field(description="Until it expires.")] = None,
+    kind: Annotated[SavedKind, Field(description="To train on from, to sample from.")] = "both",
+    ttl_s: Ttl | None = None,
 ) -> SavedCheckpoint:
-    """Save a training client's current weights so that they outlive it. Stays until deleted.
+    """Save a training client's current weights. Hosted storage costs money: set ttl_s.
 
-    Storage costs on the hosted service: set ttl_s. Next: sample(checkpoint=...), or later
-    create_training_client(checkpoint=...) with the state.
+    Next: sample(checkpoint=...) with the sampler; later create_training_client with the state.
     """
     workspace = workspace_of(ctx)
     saved = await checkpoints.save(workspace, client_id, name, kind, ttl_s)
@@ -124,18 +121,18 @@ async def save_checkpoint(
 
 async def list_checkpoints(
     ctx: ToolContext,
-    client_id: Annotated[str | None, Field(description="Only this client's.")] = None,
+    client_id: str | None = None,
     run_id: Annotated[
         str | None,
-        Field(pattern=r"^[A-Za-z0-9._:-]+$", description="Or this run's: tinker://RUN/..."),
+        Field(pattern=r"^[A-Za-z0-9._:-]+$", description="tinker://<this>/..."),
     ] = None,
     kind: ListedKind | None = None,
     limit: Annotated[int, Field(ge=1, le=50)] = 20,
     offset: Annotated[int, Field(ge=0)] = 0,
 ) -> Checkpoints:
-    """List saved checkpoints, newest first, of all runs or of one. Changes nothing, costs nothing.
+    """List saved checkpoints, newest first, of all runs or of one. Free.
 
-    Next: create_training_client(checkpoint=...) for a state, sample(checkpoint=...) for a sampler.
+    Next: create_training_client with a state, sample with a sampler.
     """
     workspace = workspace_of(ctx)
     if client_id is not None:
@@ -168,11 +165,11 @@ async def manage_checkpoint(
     ctx: ToolContext,
     checkpoint: CheckpointPath,
     action: Action,
-    ttl_s: Annotated[Ttl | None, Field(description="For set_ttl; null: for ever.")] = None,
+    ttl_s: Annotated[Ttl | None, Field(description="For set_ttl; none: for ever.")] = None,
 ) -> ManagedCheckpoint:
     """Publish, unpublish or delete a checkpoint, or set when it expires.
 
-    delete cannot be undone; publish lets anyone use the weights. Ask the user before either.
+    delete is for ever, publish is for everyone: ask the user first.
     """
     managed = await checkpoints.manage(workspace_of(ctx), checkpoint, action, ttl_s)
     now = managed.now
@@ -192,7 +189,7 @@ async def export_weights(
     output_dir: Annotated[str, Field(min_length=1, description="A new or empty folder.")],
     format: Annotated[
         ExportFormat,
-        Field(description="adapter: for PEFT; merged: a whole Hugging Face model."),
+        Field(description="For PEFT, or a whole model."),
     ] = "adapter",
 ) -> ExportedWeights:
     """Write a checkpoint's weights into a local folder, and check them by loading them.

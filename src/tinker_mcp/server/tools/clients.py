@@ -48,10 +48,7 @@ class ClosedClient(BaseModel):
 
 
 async def list_clients(ctx: ToolContext) -> Clients:
-    """List open training clients and all handles of this server. Changes nothing, costs nothing.
-
-    Next: go on with a handle, or close_client.
-    """
+    """List this server's open training clients, data and groups. Changes nothing."""
     workspace = workspace_of(ctx)
     open_clients = list(workspace.clients.values())
     listed = await asyncio.gather(*(_listed(workspace, client) for client in open_clients))
@@ -67,9 +64,9 @@ async def list_clients(ctx: ToolContext) -> Clients:
 
 
 async def close_client(ctx: ToolContext, client_id: ClientId) -> ClosedClient:
-    """Free a training client and the memory it holds. Steps after its last checkpoint are lost.
+    """Free a training client; steps after its last checkpoint are lost.
 
-    Checkpoints, data and groups stay. Call save_checkpoint first to keep its weights.
+    Call save_checkpoint first to keep them.
     """
     client = await workspace_of(ctx).close_client(client_id)
     lost = recovery.unsaved(client)

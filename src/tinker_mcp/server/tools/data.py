@@ -30,7 +30,7 @@ TrainOnWhat = Literal[
 Advantages = Literal["centered", "normalized", "raw"]
 Columns = Annotated[
     dict[str, str],
-    Field(description='Where names differ: {"prompt": "question"}.'),
+    Field(description='{"prompt": "question"}: where names differ.'),
 ]
 
 
@@ -38,7 +38,7 @@ class RewardedGroup(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     group_id: str
-    rewards: list[float] = Field(description="One a sample, in order.")
+    rewards: list[float] = Field(description="One a sample.")
 
 
 class Tokens(BaseModel):
@@ -72,28 +72,24 @@ async def build_datums(
     ctx: ToolContext,
     base_model: Annotated[str | None, Field(description="Needed except for groups.")] = None,
     path: Annotated[str | None, Field(description="JSONL, JSON, CSV or Parquet.")] = None,
-    conversations: Annotated[
-        list[Any] | None, Field(description="Or the rows, or lists of messages.")
-    ] = None,
-    groups: Annotated[list[RewardedGroup] | None, Field(description="For policy_gradient.")] = None,
+    conversations: Annotated[list[Any] | None, Field(description="Or the rows.")] = None,
+    groups: Annotated[list[RewardedGroup] | None, Field(description="Or sampled.")] = None,
     kind: Annotated[DatumKind, Field(description="text: no chat format.")] = "supervised",
     columns: Columns | None = None,
     advantages: Advantages = "centered",
     renderer: str | None = None,
     train_on_what: TrainOnWhat = "all_assistant_messages",
     max_length: Annotated[int, Field(ge=2, description="Longer rows are cut.")] = 2048,
-    eval_share: Annotated[
-        float, Field(ge=0, lt=1, description="Kept aside as eval_data_id, e.g. 0.1.")
-    ] = 0.0,
+    eval_share: Annotated[float, Field(ge=0, lt=1, description="Held out, e.g. 0.1.")] = 0.0,
     seed: Seed = 0,
     reduction: Annotated[
-        Literal["none", "mean"], Field(description="mean: each row's weights sum to 1.")
+        Literal["none", "mean"], Field(description="mean: a row's weights sum to 1.")
     ] = "none",
     skip_invalid: bool = False,
 ) -> BuiltDatums:
     """Turn a dataset, or sampled groups and your rewards, into training datums. Free.
 
-    Look at `example` before you train. Next: create_training_client.
+    Look at `example`. Next: create_training_client.
     """
     if kind == "policy_gradient" or groups is not None:
         _check_groups(kind, path, conversations, groups)

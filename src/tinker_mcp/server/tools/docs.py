@@ -27,9 +27,9 @@ async def search_docs(
     query: Annotated[str, Field(min_length=1, max_length=500)],
     limit: Annotated[int, Field(ge=1, le=10)] = 5,
 ) -> DocsFound:
-    """Search the manual offline: pitfalls, losses, hyper-parameters, errors, tools, workflows.
+    """Search the manual: pitfalls, losses, hyper-parameters, errors, tools, workflows. Free.
 
-    Free. A result's uri is a resource with the whole page.
+    A result's uri is a resource, the whole page.
     """
     found = await anyio.to_thread.run_sync(lambda: docs.index().search(query, limit))
     hits = [

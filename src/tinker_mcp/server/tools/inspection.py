@@ -52,14 +52,13 @@ class DatasetReport(BaseModel):
 async def inspect_dataset(
     ctx: ToolContext,
     path: Annotated[str, Field(description="JSONL, JSON, CSV or Parquet.")],
-    base_model: Annotated[str | None, Field(description="For tokens and the loss mask.")] = None,
+    base_model: Annotated[str | None, Field(description="For tokens, loss mask.")] = None,
     columns: Columns | None = None,
-    max_length: Annotated[int, Field(ge=2, description="Longer rows are a problem.")] = 2048,
+    max_length: Annotated[int, Field(ge=2)] = 2048,
 ) -> DatasetReport:
     """Say what a dataset is, which training methods can use it and how, and what is wrong. Free.
 
-    Recognises chats, prompt/completion, instruction/output, ShareGPT, text and preference pairs.
-    Next: the call in the verdict of your method.
+    Next: the call in your method's verdict.
     """
     plan = InspectPlan(path, base_model, columns or {}, max_length)
     found = await inspection.inspect(workspace_of(ctx), plan)

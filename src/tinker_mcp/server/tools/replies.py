@@ -15,7 +15,7 @@ from tinker_mcp.training.clients import Workspace
 
 ToolContext: TypeAlias = Context[Workspace]
 
-ClientId = Annotated[str, Field(description='A handle: "client-1".')]
+ClientId: TypeAlias = str  # "client-1"
 DataId = Annotated[str, Field(description="From build_datums.")]
 CheckpointPath = Annotated[str, Field(pattern=r"^tinker://[!-~]+$")]
 
@@ -29,9 +29,9 @@ def _no_bool(value: object) -> object:
 Whole: TypeAlias = Annotated[int, BeforeValidator(_no_bool)]
 Number: TypeAlias = Annotated[float, BeforeValidator(_no_bool)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
-LearningRate = Annotated[Number, Field(gt=0, le=10, description="list_models advises one.")]
+LearningRate = Annotated[Number, Field(gt=0, le=10)]
 WeightDecay = Annotated[Number, Field(ge=0, le=1e30)]
-GradClipNorm = Annotated[Number, Field(ge=0, le=1e6, description="0: no clipping.")]
+GradClipNorm = Annotated[Number, Field(ge=0, le=1e6)]
 
 
 def workspace_of(ctx: ToolContext) -> Workspace:

@@ -6,8 +6,10 @@ import json
 import math
 from typing import Annotated, Any
 
+from anyio.to_thread import run_sync
 from pydantic import BaseModel, Field
 
+from tinker_mcp.server.tools import run_reading
 from tinker_mcp.server.tools.replies import (
     STILL_RUNNING,
     CheckpointPath,
@@ -19,6 +21,7 @@ from tinker_mcp.server.tools.replies import (
     finite,
     workspace_of,
 )
+from tinker_mcp.server.tools.run_reading import RunWeights
 from tinker_mcp.training import logprobs, sampling
 from tinker_mcp.training.logprobs import Scoring, TextLogprobs
 from tinker_mcp.training.samplers import Source
@@ -87,6 +90,7 @@ async def sample(
     client_id: SampledClient = None,
     checkpoint: SampledCheckpoint = None,
     base_model: SampledBase = None,
+    run_id: Annotated[str | None, Field(description="Or a run's newest.")] = None,
     messages: Messages = None,
     prompt: Annotated[str | None, Field(description="Or plain text to continue.")] = None,
     num_samples: Annotated[Whole, Field(ge=1, le=16)] = 1,
@@ -106,7 +110,9 @@ async def sample(
     Spends sampling tokens; give one source, and one of messages and prompt. Several samples become
     a group: reward them and call build_datums(kind="policy_gradient").
     """
-    source = Source(client_id, checkpoint, base_model)
+    newest = None if run_id is None else await _newest(ctx, run_id)
+    weights_of_run = None if newest is None else newest.sampler_path
+    source = Source(client_id, checkpoint, base_model, run_id, weights_of_run)
     question = Question(
         messages,
         prompt,
@@ -124,7 +130,7 @@ async def sample(
         return Samples(
             finished=False,
             samples=[],
-            weights=_weights(source),
+            weights=newest.told if newest else _weights(source),
             backend=backend_label(ctx),
             base_model=base_model,
             renderer=renderer,
@@ -136,7 +142,7 @@ async def sample(
         finished=True,
         group_id=sampled.group_id,
         samples=[_shown(index, answer, room) for index, answer in enumerate(sampled.answers)],
-        weights=sampled.weights,
+        weights=newest.told if newest else sampled.weights,
         base_model=sampled.base_model,
         renderer=sampled.renderer,
         prompt_tokens=sampled.prompt_tokens,
@@ -199,6 +205,11 @@ def _scored(found: TextLogprobs, source: Source) -> Logprobs:
     )
 
 
+async def _newest(ctx: ToolContext, run_id: str) -> RunWeights:
+    settings = workspace_of(ctx).connector.settings
+    return await run_sync(run_reading.newest_weights, settings, run_id)
+
+
 def _weights(source: Source) -> str:
     return source.client_id or source.checkpoint or f"{source.base_model}, untrained"
 
@@ -225,4 +236,6 @@ def _next(source: Source, group_id: str | None) -> str:
         )
     if source.client_id is not None:
         return f'Call save_checkpoint(client_id="{source.client_id}", name=...) or train on.'
+    if source.run_id is not None:
+        return f'Call get_run(run_id="{source.run_id}"), or sample the base_model to compare.'
     return "Call create_training_client to train, or list_checkpoints."

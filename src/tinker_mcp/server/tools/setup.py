@@ -15,6 +15,7 @@ from tinker_mcp.server.tools.replies import ToolContext, rounded, workspace_of
 from tinker_mcp.settings import Settings
 from tinker_mcp.training import models, rendering
 from tinker_mcp.training.backend import Backend
+from tinker_mcp.training.rewards.probe import probe
 
 _PACKAGES = ("tinker-mcp", "tinker", "tinker-cookbook", "mcp", "torch", "transformers")
 _FREE_BYTES_WANTED = 3 * 2**30  # the default model, its conversion and some checkpoints
@@ -38,6 +39,7 @@ class Setup(BaseModel):
     free_disk_bytes: int
     free_memory_bytes: int | None
     is_memory_enough: bool | None
+    jail: str
     problems: list[Problem]
     next_step: str
 
@@ -58,9 +60,9 @@ class Models(BaseModel):
 
 
 async def check_setup(ctx: ToolContext) -> Setup:
-    """Check versions, backend, API key, disk and memory. Changes, costs and starts nothing.
+    """Check versions, backend, API key, disk and memory. Changes nothing.
 
-    Call it first, and after any backend error. Next: list_models.
+    Call it first, and after a backend error. Next: list_models.
     """
     connector = workspace_of(ctx).connector
     settings = connector.settings
@@ -94,6 +96,7 @@ async def check_setup(ctx: ToolContext) -> Setup:
         free_disk_bytes=free,
         free_memory_bytes=memory,
         is_memory_enough=is_memory_enough,
+        jail=str(await anyio.to_thread.run_sync(probe)),  # what isolates a user's reward code
         problems=problems,
         next_step="Mend the problems listed, then check again."
         if problems
@@ -102,10 +105,9 @@ async def check_setup(ctx: ToolContext) -> Setup:
 
 
 async def list_models(ctx: ToolContext) -> Models:
-    """List the models that can be trained, with context length, renderer and learning-rate advice.
+    """List the models that can be trained, with context length, renderer, learning-rate advice.
 
-    Starts the local backend where that is in use; the first time ever it fetches a model, which
-    takes longer. Costs nothing. Next: build_datums.
+    Free. Starts the local backend if that is used; its first start fetches a model.
     """
     backend, capabilities = await workspace_of(ctx).ask(
         "list_models", lambda rest: rest.get_server_capabilities()

@@ -9,6 +9,7 @@ import anyio.to_thread
 from pydantic import BaseModel, ConfigDict, Field
 
 from tinker_mcp.errors import InvalidInputError
+from tinker_mcp.server.schemas import briefly
 from tinker_mcp.server.tools.replies import (
     STILL_RUNNING,
     CheckpointPath,
@@ -27,10 +28,11 @@ from tinker_mcp.server.tools.replies import (
     workspace_of,
 )
 from tinker_mcp.training import models, operations
-from tinker_mcp.training.clients import NewClient, OpenClient
+from tinker_mcp.training.clients import OpenClient
 from tinker_mcp.training.loop import StepResult, TrainPlan
 from tinker_mcp.training.losses import LossName
 from tinker_mcp.training.operations import Training
+from tinker_mcp.training.sessions import NewClient
 
 if TYPE_CHECKING:
     import tinker
@@ -119,19 +121,19 @@ async def create_training_client(
     base_model: Annotated[str | None, Field(description="For a new adapter.")] = None,
     checkpoint: Annotated[
         CheckpointPath | None,
-        Field(description="Or go on from a saved state."),
+        Field(description="Or a saved state."),
     ] = None,
     rank: Annotated[Whole, Field(ge=1, le=512)] = 32,
-    seed: Annotated[Seed | None, Field(description="Of the new adapter.")] = None,
+    seed: Seed | None = None,
     train_mlp: bool = True,
     train_attn: bool = True,
     train_unembed: bool = True,
     load_optimizer: Annotated[bool, Field(description="Adam's moments too.")] = True,
 ) -> CreatedClient:
-    """Open a LoRA training client, new or from a checkpoint, and get its handle.
+    """Open a LoRA training client, new or from a checkpoint. Free.
 
-    Free. rank, seed and train_* are a new adapter's; a checkpoint brings its own. Next:
-    forward_backward on held-out data for the loss before, then train.
+    rank, seed and train_* are a new adapter's; a checkpoint brings its own. Next: the loss on
+    held-out data (forward_backward, forward_only), then train.
     """
     if (base_model is None) == (checkpoint is None):
         raise InvalidInputError(
@@ -176,15 +178,21 @@ async def forward_backward(
     data_id: DataId,
     loss_fn: LossName = "cross_entropy",
     loss_fn_config: LossFnConfig = None,
-    optim: Annotated[AdamStep | None, Field(description="Also take this Adam step.")] = None,
-    forward_only: Annotated[bool, Field(description="Loss without gradient.")] = False,
-    offset: Annotated[Whole, Field(ge=0, description="First datum.")] = 0,
-    limit: Annotated[Whole | None, Field(ge=1, description="Default: all.")] = None,
+    optim: Annotated[
+        AdamStep | None,
+        Field(
+            description="Then step: optim_step's arguments.",
+            json_schema_extra=briefly("learning_rate"),
+        ),
+    ] = None,
+    forward_only: Annotated[bool, Field(description="Only the loss.")] = False,
+    offset: Annotated[Whole, Field(ge=0)] = 0,
+    limit: Annotated[Whole | None, Field(ge=1)] = None,
 ) -> Gradients:
-    """Compute a loss on datums and accumulate its gradient; with optim, step on it as well.
+    """Compute a loss on datums and accumulate its gradient; with optim, step on it too.
 
-    Changes the client unless forward_only, and spends training tokens; for many steps use train.
-    cross_entropy takes supervised and text datums, dpo preference, all others policy_gradient.
+    Spends training tokens; for many steps use train. cross_entropy takes supervised and text
+    datums, dpo preference, the others policy_gradient.
     """
     workspace = workspace_of(ctx)
     data = workspace.datums(data_id)
@@ -239,9 +247,9 @@ async def optim_step(
     weight_decay: WeightDecay = 0.0,
     grad_clip_norm: GradClipNorm = 0.0,
 ) -> Stepped:
-    """Apply the accumulated gradients with Adam. Changes the client; call forward_backward first.
+    """Apply the accumulated gradients with Adam; call forward_backward first.
 
-    Prefer forward_backward with optim, or train: they send both requests at once.
+    Faster: forward_backward with optim, or train.
     """
     workspace = workspace_of(ctx)
     adam = AdamStep(
@@ -279,10 +287,10 @@ async def train(
     weight_decay: WeightDecay = 0.0,
     grad_clip_norm: GradClipNorm = 0.0,
 ) -> Trained:
-    """Take many steps, each a forward_backward and an optim_step, with the requests overlapped.
+    """Take many steps of forward_backward and optim_step, overlapped. Spends training tokens.
 
-    Changes the client and spends training tokens; while finished is false, call again with the same
-    arguments. Once finished the same call only returns its result: to train on, give another seed.
+    While finished is false, call again with the same arguments. Once finished, that only returns
+    the result: to train on, give another seed.
     """
     workspace = workspace_of(ctx)
     adam = AdamStep(

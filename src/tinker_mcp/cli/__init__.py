@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 import click
 import structlog
+from click.core import ParameterSource
 
 from tinker_mcp import __version__
-from tinker_mcp.errors import TinkerMcpError
+from tinker_mcp.cli.runs import COMMANDS
+from tinker_mcp.errors import InvalidInputError, TinkerMcpError
 from tinker_mcp.settings import LogSettings, Settings
 
 if TYPE_CHECKING:
@@ -105,7 +107,7 @@ def _no_collections() -> Iterator[None]:
     default=None,
     metavar="NAMES",
     help="Groups of tools to offer, separated by commas: setup, data, training, sampling, "
-    "checkpoints. Default: TINKER_MCP_TOOLSETS, else all.",
+    "checkpoints, runs. Default: TINKER_MCP_TOOLSETS, else all.",
 )
 @click.option("--read-only", is_flag=True, help="Leave out all tools that change or spend.")
 @click.option("--http", "is_http", is_flag=True, help="Speak streamable HTTP instead of stdio.")
@@ -149,6 +151,8 @@ def serve(
     it is not set, one is made: the JSON line on stdout that says the url holds it, once.
     """
     parent = os.getppid()
+    if not is_http:
+        _refuse_address()
     settings = Settings.from_environment(
         os.environ, backend=backend, roots=roots, toolsets=toolsets, read_only=read_only
     )
@@ -166,6 +170,21 @@ def serve(
         from tinker_mcp.server.lifecycle import serve_stdio
 
         anyio.run(serve_stdio, server, parent)
+
+
+def _refuse_address() -> None:
+    """Refuse options that would do nothing over stdio.
+
+    Raises:
+        InvalidInputError: One was given.
+    """
+    context = click.get_current_context()
+    for name, option in (("host", "--host"), ("port", "--port"), ("names", "--allowed-host")):
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise InvalidInputError(
+                f"{option} does nothing over stdio.",
+                next_step=f"Add --http to serve over HTTP, or leave {option} out.",
+            )
 
 
 @main.command()
@@ -190,3 +209,7 @@ def demo(backend: BackendChoice, as_json: bool, steps: int, base_model: str | No
     from tinker_mcp.demo import run_demo
 
     sys.exit(run_demo(backend, as_json=as_json, steps=steps, base_model=base_model))
+
+
+for _command in COMMANDS:
+    main.add_command(_command)

@@ -1,0 +1,148 @@
+"""Attention of one more token a row to the keys and values that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+LayerState = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer, (key-value heads, T, D) each."""
+
+
+@dataclass(frozen=True)
+class SharedPrompt:
+    """Keys and values, by layer, that precede what each of these rows holds."""
+
+    rows: slice
+    layers: Sequence[LayerState]
+
+    @property
+    def tokens(self) -> int:
+        return self.layers[0][0].shape[1]
+
+
+class NextTokens:
+    """A row of R tokens, each the next one of a sequence whose keys and values are kept.
+
+    On a CPU the scores of the shared prompts, P tokens at most, stand before those of what each
+    row holds by itself, T tokens at most, and one softmax is over both.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[torch.Tensor],
+        lengths: Sequence[int],
+        shared: Sequence[SharedPrompt],
+        device: torch.device,
+    ) -> None:
+        """Lay out rows that hold `lengths` tokens by themselves, in buffers as in the cache."""
+        self._layers = layers
+        self._shared = shared
+        self._rows = torch.arange(len(lengths), device=device)
+        self._own = torch.tensor(lengths, device=device)  # place of the new token in its row
+        self._same = lengths[0] if min(lengths) == max(lengths) else None
+        self._seen = max(lengths) + 1
+        before = self._own.clone()
+        for prompt in shared:
+            before[prompt.rows] += prompt.tokens
+        self._positions = before
+        self._most_shared = max((prompt.tokens for prompt in shared), default=0)
+        self._bias: torch.Tensor | None = None
+        self._scores: torch.Tensor | None = None
+
+    @property
+    def positions(self) -> torch.Tensor:
+        return self._positions
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """See `attention.Layout`; keeps the new keys and values."""
+        heads = torch.cat([q, k, v], dim=1)[0].transpose(0, 1)  # (R, heads and 2 * K, D)
+        return self.attend_rows(layer, heads, k.shape[1], scale).transpose(0, 1).unsqueeze(0)
+
+    def attend_rows(
+        self, layer: int, heads: torch.Tensor, key_heads: int, scale: float
+    ) -> torch.Tensor:
+        """The same with the rows first.
+
+        Args:
+            layer: Its index, 0 for the first.
+            heads: Queries, keys (both rotated) and values of each row, end to end,
+                (R, heads + 2 * key-value heads, D).
+            key_heads: How many key-value heads there are.
+            scale: What the scores are multiplied by.
+
+        Returns:
+            (R, heads, D).
+        """
+        own = self._keep(layer, heads[:, -2 * key_heads :])  # (2, R, K, T, D)
+        queries = heads[:, : -2 * key_heads]
+        # The query heads that share a key-value head stand where other tokens' queries would.
+        grouped = (len(heads), key_heads, -1, heads.shape[2])
+        if heads.device.type == "cpu":
+            q = queries.to(own.dtype).reshape(grouped)
+            return self._on_cpu(layer, q, own, scale).view(queries.shape).to(heads.dtype)
+        output = functional.scaled_dot_product_attention(
+            queries.reshape(grouped), own[0], own[1], attn_mask=self._mask(own), scale=scale
+        )
+        return output.reshape(queries.shape)
+
+    def _keep(self, layer: int, new: torch.Tensor) -> torch.Tensor:
+        """Write keys and values (R, 2 * K, D) of the new tokens; all that rows hold themselves."""
+        buffer = self._layers[layer]
+        count, key_heads = len(new), buffer.shape[2]
+        new = new.reshape(count, 2, key_heads, -1)  # (R, 2, K, D)
+        if self._same is None:
+            buffer[:, self._rows, :, self._own] = new.to(buffer.dtype)
+        else:  # a slice is written in a fifth of the time
+            buffer[:, :count, :, self._same] = new.transpose(0, 1)
+        return buffer[:, :count, :, : self._seen]
+
+    def _mask(self, own: torch.Tensor) -> torch.Tensor:
+        """What is added to the scores of each row's own tokens, (R, 1, 1, T): 0, or -infinity."""
+        if self._bias is None:
+            places = torch.arange(self._seen, device=own.device)
+            later = (places > self._own.unsqueeze(1))[:, None, None]
+            bias = torch.zeros_like(later, dtype=own.dtype)
+            self._bias = bias.masked_fill_(later, -torch.inf)
+        return self._bias
+
+    def _on_cpu(self, layer: int, q: torch.Tensor, own: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attention of queries (R, K, G, D) to own keys and values, and to the shared ones."""
+        count, key_heads, groups, width = q.shape
+        rows = (count * key_heads, groups, width)
+        keys, values = own[0].flatten(0, 1), own[1].flatten(0, 1)  # (R * K, T, D)
+        mask = self._mask(own).expand(-1, key_heads, -1, -1).reshape(rows[0], 1, self._seen)
+        scores = torch.baddbmm(mask, q.reshape(rows), keys.transpose(1, 2), alpha=scale)
+        scores = scores.view(count, key_heads, groups, self._seen)
+        if self._most_shared:
+            scores = self._with_shared(layer, q, scores, scale)
+        p = scores.softmax(-1)  # (R, K, G, P + T)
+        p_own = p[..., self._most_shared :].flatten(0, 1)  # (R * K, G, T)
+        output = torch.bmm(p_own, values).view(q.shape)
+        for prompt in self._shared:
+            some = p[prompt.rows, ..., : prompt.tokens].transpose(0, 1).flatten(1, 2)
+            seen = torch.bmm(some, prompt.layers[layer][1])  # (K, rows * G, D)
+            output[prompt.rows] += seen.view(key_heads, -1, groups, width).transpose(0, 1)
+        return output
+
+    def _with_shared(
+        self, layer: int, q: torch.Tensor, own_scores: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Scores (R, K, G, P + T), minus infinity beyond a row's shared prompt."""
+        count, key_heads, groups, width = q.shape
+        if self._scores is None:
+            shape = (count, key_heads, groups, self._most_shared + self._seen)
+            self._scores = q.new_full(shape, -torch.inf)
+        for prompt in self._shared:
+            some = q[prompt.rows].transpose(0, 1).reshape(key_heads, -1, width)
+            keys = prompt.layers[layer][0].transpose(1, 2)
+            found = torch.bmm(some, keys).view(key_heads, -1, groups, prompt.tokens)
+            scores = self._scores[prompt.rows, ..., : prompt.tokens]
+            torch.mul(found.transpose(0, 1), scale, out=scores)
+        self._scores[..., self._most_shared :] = own_scores
+        return self._scores

@@ -1,0 +1,224 @@
+"""From the arguments of a run to one that is checked: all that can fail for free fails here.
+
+Everything found is told at once. Nothing is trained, scored or paid; `forecast` alone takes some
+steps on the local backend, to see how fast it is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio.to_thread
+
+from tinker_mcp.errors import TinkerMcpError
+from tinker_mcp.runs import checks, sets, sources
+from tinker_mcp.runs.arguments import RunArguments
+from tinker_mcp.runs.checks import Base
+from tinker_mcp.runs.estimate import Estimate, Speed, estimate, known_speed, measured_speed
+from tinker_mcp.runs.findings import Findings
+from tinker_mcp.runs.sets import Sets
+from tinker_mcp.runs.sources import Rows
+from tinker_mcp.runs.spec import DataFacts, RunSpec
+from tinker_mcp.training.backend import Backend
+from tinker_mcp.training.clients import Workspace
+from tinker_mcp.training.prices import Price
+
+if TYPE_CHECKING:
+    import tinker
+
+BETA = 0.1
+_EVALUATIONS = 5
+_CHECKPOINTS = 8
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run ready to be started.
+
+    Attributes:
+        spec: Complete but for the hashes of its data, which has no file yet.
+        train, held_out: Its datums, as `spec` describes them.
+        warnings: What the caller should know; nothing of it forbids the run.
+    """
+
+    spec: RunSpec
+    train: Sequence[tinker.Datum]
+    held_out: Sequence[tinker.Datum]
+    warnings: Sequence[str]
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class _Settled:
+    planned: Planned
+    backend: Backend
+    price: Price | None
+
+
+async def plan(workspace: Workspace, arguments: RunArguments) -> Planned | None:
+    """Check and settle all of a run; None when it takes longer than a call may (ask again).
+
+    Raises:
+        InvalidInputError: Something stands in its way; all of it is told, each with its fix.
+        BackendUnreachableError, BackendStartingError: The backend does not answer, or not yet.
+    """
+
+    async def start() -> Planned:
+        findings = Findings(arguments.accept)
+        settled = await _settled(workspace, arguments, findings)
+        spec, told = settled.planned.spec, settled.planned.estimate
+        checks.budget(arguments, spec, told, workspace.connector.settings, findings)
+        findings.raise_if_any()
+        return settled.planned
+
+    return await _in_a_call(workspace, ("plan", repr(arguments)), start)
+
+
+async def forecast(workspace: Workspace, arguments: RunArguments) -> Planned | None:
+    """The same for an estimate: whatever it costs is allowed, and the local backend is measured."""
+
+    async def start() -> Planned:
+        findings = Findings(arguments.accept)
+        settled = await _settled(workspace, arguments, findings)
+        findings.raise_if_any()
+        if settled.backend.kind != "local":
+            return settled.planned
+        planned = settled.planned
+        speed = await measured_speed(
+            settled.backend, planned.spec.base_model, planned.spec.rank, planned.train
+        )
+        return _with_speed(planned, settled.price, speed)
+
+    return await _in_a_call(workspace, ("forecast", repr(arguments)), start)
+
+
+async def _in_a_call(
+    workspace: Workspace, key: tuple[str, str], start: Callable[[], Awaitable[Planned]]
+) -> Planned | None:
+    return await workspace.unfinished.finish(key, start, None, workspace.deadline())
+
+
+async def _settled(workspace: Workspace, arguments: RunArguments, findings: Findings) -> _Settled:
+    """The run with all problems but those of money; raises where they leave nothing to settle."""
+    checks.agree(arguments, findings)
+    try:
+        backend, capabilities = await workspace.ask(
+            "capabilities", lambda rest: rest.get_server_capabilities()
+        )
+    except TinkerMcpError as error:
+        if findings.problems:
+            findings.refuse_error(error)
+            findings.raise_if_any()
+        raise
+    base = await checks.base(workspace, arguments, capabilities, findings)
+    if base is None:
+        await anyio.to_thread.run_sync(sets.check, workspace, arguments, findings)
+        raise findings.error()
+    both = await anyio.to_thread.run_sync(sets.build, workspace, arguments, backend, base, findings)
+    if both is None:
+        raise findings.error()
+    price = checks.price(backend, base.model_name, workspace.connector.settings, findings)
+    spec = await anyio.to_thread.run_sync(_spec, arguments, backend, base, both, price, findings)
+    planned = Planned(
+        spec=spec,
+        train=both.train.datums,
+        held_out=both.held_out.datums if both.held_out else (),
+        warnings=findings.warnings,
+        estimate=estimate(
+            spec,
+            _unit_tokens(both.train),
+            price,
+            known_speed(backend, spec.base_model, spec.rank),
+        ),
+    )
+    return _Settled(planned, backend, price)
+
+
+def _with_speed(planned: Planned, price: Price | None, speed: Speed) -> Planned:
+    size = 2 if planned.spec.method == "dpo" else 1
+    lengths = [datum.model_input.length for datum in planned.train]
+    units = [sum(lengths[i : i + size]) for i in range(0, len(lengths), size)]
+    told = estimate(planned.spec, units, price, speed)
+    return Planned(planned.spec, planned.train, planned.held_out, planned.warnings, told)
+
+
+def _spec(
+    arguments: RunArguments,
+    backend: Backend,
+    base: Base,
+    both: Sets,
+    price: Price | None,
+    findings: Findings,
+) -> RunSpec:
+    """All that was left open, settled. Blocks."""
+    units = len(both.train.datums) // both.train.datums_a_unit
+    batch_size = checks.batch_size(arguments, units, findings)
+    rate = checks.learning_rate(arguments, base.model_name, findings)
+    steps = arguments.steps or _steps(arguments.epochs or 1.0, units, batch_size)
+    eval_every = arguments.eval_every
+    if eval_every is None:
+        eval_every = max(1, round(steps / _EVALUATIONS)) if both.held_out else 0
+    save_every = arguments.save_every
+    return RunSpec(
+        method=arguments.method,
+        name=arguments.name or _name(arguments.method, base.model_name, both.train.source),
+        backend=backend.kind,
+        base_model=base.model_name,
+        checkpoint=arguments.checkpoint,
+        renderer=both.renderer,
+        train_on_what=both.train.train_on_what,
+        max_length=both.max_length,
+        train=_facts(both.train),
+        held_out=_facts(both.held_out) if both.held_out else None,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=float(rate.value),
+        learning_rate_source=rate.source,
+        lr_schedule=arguments.lr_schedule,
+        rank=base.rank,
+        seed=arguments.seed,
+        beta=(arguments.beta or BETA) if arguments.method == "dpo" else None,
+        save_every=math.ceil(steps / _CHECKPOINTS) if save_every is None else save_every,
+        eval_every=eval_every,
+        ttl_s=arguments.ttl_s or None,
+        max_usd=None if backend.kind == "local" else arguments.max_usd,
+        usd_per_million=price.train if price else None,
+        stops_on_divergence="divergence" not in arguments.accept,
+        loggers=arguments.loggers,
+    )
+
+
+def _steps(epochs: float, units: int, batch_size: int) -> int:
+    """As many as see every unit that often; the last batch runs over into the next epoch."""
+    return max(1, math.ceil(epochs * units / batch_size - 1e-9))
+
+
+def _name(method: str, base_model: str, source: str) -> str:
+    data = source if sources.is_handle(source) else Path(source).stem
+    model = base_model.rpartition("/")[2]
+    return re.sub(r"[^\w.-]+", "-", f"{method}-{model}-{data}")[:100]
+
+
+def _facts(rows: Rows) -> DataFacts:
+    import numpy as np
+
+    return DataFacts(
+        source=rows.source,
+        sha256="",  # of the file that is written when the run is started
+        datums=len(rows.datums),
+        tokens=sum(datum.model_input.length for datum in rows.datums),
+        trained_tokens=sum(
+            int(np.count_nonzero(datum.loss_fn_inputs["weights"].to_numpy()))
+            for datum in rows.datums
+        ),
+        truncated=rows.truncated,
+    )
+
+
+def _unit_tokens(rows: Rows) -> list[int]:
+    return [sum(datum.model_input.length for datum in unit) for unit in rows.units]

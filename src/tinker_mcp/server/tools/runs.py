@@ -1,0 +1,202 @@
+"""start_run, list_runs, get_run, wait_for_run, stop_run and resume_run.
+
+Runs live in processes of their own and on disk: reading them needs no backend, and they go on
+when this server ends.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import anyio
+from anyio.to_thread import run_sync
+from mcp_types import CallToolResult, ContentBlock, ImageContent, TextContent
+from pydantic import Field, WithJsonSchema
+
+from tinker_mcp.runs.arguments import WEEK_S
+from tinker_mcp.runs.spec import LoggerName, LrSchedule, Method, RunSpec
+from tinker_mcp.runs.states import ACTIVE, RunState
+from tinker_mcp.server.tools import run_reading
+from tinker_mcp.server.tools.costs import run_arguments
+from tinker_mcp.server.tools.replies import (
+    STILL_RUNNING,
+    Number,
+    Seed,
+    ToolContext,
+    Whole,
+    workspace_of,
+)
+from tinker_mcp.server.tools.run_replies import (
+    RunDetails,
+    RunMoved,
+    Runs,
+    StartedRun,
+    WaitedRun,
+    moved,
+    started,
+    waited,
+)
+from tinker_mcp.settings import Settings
+
+if TYPE_CHECKING:
+    from tinker_mcp.runs.plan import Planned
+    from tinker_mcp.store.rows import RunRow
+
+_LOOK_EVERY_S = 0.25
+
+Auto = Annotated[Literal["auto"], WithJsonSchema({"enum": ["auto"]})]  # not every host knows const
+RunId = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+async def start_run(
+    ctx: ToolContext,
+    method: Method,
+    data: Annotated[str, Field(description="A path, or data-N.")],
+    base_model: str | None = None,
+    checkpoint: Annotated[str | None, Field(description="Or start from it.")] = None,
+    eval_data: str | None = None,
+    eval_share: Annotated[Number | None, Field(description="Or a share of data.")] = None,
+    steps: Whole | None = None,
+    epochs: Annotated[Number | None, Field(description="Default 1.")] = None,
+    batch_size: Annotated[Whole | None, Field(description="Default 32; dpo 16 pairs.")] = None,
+    learning_rate: Number | Auto = "auto",
+    lr_schedule: LrSchedule = "linear",
+    rank: Whole | None = None,
+    renderer: str | None = None,
+    max_length: Whole | None = None,
+    train_on_what: Annotated[str | None, Field(description="As in build_datums.")] = None,
+    beta: Annotated[Number | None, Field(description="Of dpo.")] = None,
+    save_every: Whole | None = None,
+    eval_every: Whole | None = None,
+    ttl_s: Annotated[Whole, Field(description="0: checkpoints stay.")] = WEEK_S,
+    seed: Seed = 0,
+    name: str | None = None,
+    max_usd: Annotated[Number | None, Field(description="Needed where it costs.")] = None,
+    idempotency_key: str | None = None,
+    loggers: tuple[LoggerName, ...] = (),
+    columns: dict[str, str] | None = None,
+    accept: Annotated[
+        tuple[str, ...], Field(description="Checks to let pass, as their errors name them.")
+    ] = (),
+) -> StartedRun:
+    """Start an SFT or DPO run that goes on without this call, server or host. Spends up to max_usd.
+
+    Checks everything that is free first; estimate_cost tells the price. A repeated
+    idempotency_key starts nothing. Next: wait_for_run.
+    """
+    asked = {key: value for key, value in locals().items() if key != "ctx"}
+    arguments = run_arguments(asked | {"columns": columns or {}})
+    workspace = workspace_of(ctx)
+    settings = workspace.connector.settings
+    known = await run_sync(run_reading.of_key, settings, idempotency_key)
+    if known is not None and known.lease is not None:
+        return await run_sync(_started, settings, known, None)
+    from tinker_mcp.runs.plan import plan
+
+    planned = await plan(workspace, arguments)
+    if planned is None:
+        return StartedRun(finished=False, next_step=STILL_RUNNING.format(tool="start_run"))
+    began = time.time()
+    row = await run_sync(run_reading.supervisor(settings).start, planned, idempotency_key)
+    return await run_sync(_started, settings, row, planned if row.created_at >= began else None)
+
+
+def _started(settings: Settings, row: RunRow, planned: Planned | None) -> StartedRun:
+    from tinker_mcp.runs.folder import RunFolder
+
+    folder = RunFolder.of(settings.home, row.run_id).path
+    run = run_reading.summary(settings, row.run_id)
+    return started(run, RunSpec.model_validate_json(row.spec), folder, planned)
+
+
+async def list_runs(
+    ctx: ToolContext,
+    state: RunState | None = None,
+    limit: Annotated[Whole, Field(ge=1, le=50)] = 20,
+) -> Runs:
+    """List training runs, newest first, those of earlier servers too. Free. Next: get_run."""
+    settings = workspace_of(ctx).connector.settings
+    return await run_sync(run_reading.listed, settings, state, limit)
+
+
+async def get_run(
+    ctx: ToolContext,
+    run_id: RunId,
+    metrics: Annotated[tuple[str, ...], Field(description="Default: the losses.")] = (),
+    points: Annotated[Whole, Field(ge=0, le=200, description="Of each series.")] = 20,
+    plot: Annotated[bool, Field(description="Also the loss curve as an image.")] = False,
+    log_lines: Annotated[Whole, Field(ge=0, le=100)] = 0,
+) -> Annotated[CallToolResult, RunDetails]:
+    """Show a run: state, losses, speed, cost, time left, checkpoints, warnings, series. Free."""
+    settings = workspace_of(ctx).connector.settings
+    found = await run_sync(run_reading.details, settings, run_id, metrics, points, log_lines)
+    content: list[ContentBlock] = [TextContent(type="text", text=found.model_dump_json(indent=2))]
+    if plot:
+        png = await run_sync(run_reading.plotted, settings, run_id)
+        picture = base64.b64encode(png).decode()
+        content.append(ImageContent(type="image", data=picture, mime_type="image/png"))
+    return CallToolResult(content=content, structured_content=found.model_dump(mode="json"))
+
+
+async def wait_for_run(
+    ctx: ToolContext,
+    run_id: RunId,
+    until: Annotated[str, Field(description="completed, eval or step=N.")] = "completed",
+    timeout_s: Annotated[Whole, Field(ge=0, le=50)] = 45,
+) -> WaitedRun:
+    """Wait for a run; returns early on a new evaluation, state or warning. Free.
+
+    finished=false: call it again.
+    """
+    from tinker_mcp.runs.views import Until
+
+    deadline = time.monotonic() + timeout_s
+    settings, goal = workspace_of(ctx).connector.settings, Until.parse(until)
+    first = look = await run_sync(run_reading.look, settings, run_id, None)
+    reported = -1
+    while not (is_met := goal.is_met(look.state, look.row.step, look.news)) and not look.news:
+        if look.row.step > max(reported, first.row.step):
+            reported = look.row.step
+            await ctx.report_progress(reported, look.steps, look.progress)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        await anyio.sleep(min(left, _LOOK_EVERY_S))
+        look = await run_sync(run_reading.look, settings, run_id, first.began)
+    shown = await run_sync(run_reading.summary, settings, run_id)
+    return waited(shown, look.news, is_met or shown.state not in ACTIVE)
+
+
+async def stop_run(
+    ctx: ToolContext,
+    run_id: RunId,
+    save: Annotated[bool, Field(description="A checkpoint first.")] = True,
+) -> RunMoved:
+    """Stop a run after the steps that are on their way. resume_run goes on with it."""
+    settings = workspace_of(ctx).connector.settings
+    stop = partial(run_reading.supervisor(settings).stop, run_id, save=save)
+    await run_sync(stop)
+    return moved(await run_sync(run_reading.summary, settings, run_id))
+
+
+async def resume_run(
+    ctx: ToolContext,
+    run_id: RunId,
+    steps: Annotated[Whole | None, Field(description="A new total.")] = None,
+    max_usd: Annotated[Number | None, Field(description="A new total.")] = None,
+    accept_divergence: bool = False,
+) -> RunMoved:
+    """Go on with a stopped, failed or crashed run from its last checkpoint. Spends."""
+    settings = workspace_of(ctx).connector.settings
+    resume = partial(
+        run_reading.supervisor(settings).resume,
+        run_id,
+        steps=steps,
+        max_usd=max_usd,
+        accept_divergence=accept_divergence,
+    )
+    await run_sync(resume)
+    return moved(await run_sync(run_reading.summary, settings, run_id))

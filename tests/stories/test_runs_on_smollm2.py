@@ -1,0 +1,123 @@
+"""Durable runs on the default model, a real one: planned, started in their own process, done."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from servers import LocalServer, start_server
+from tinker_mcp.runs.arguments import RunArguments
+from tinker_mcp.runs.folder import RunFolder
+from tinker_mcp.runs.plan import plan
+from tinker_mcp.runs.states import ACTIVE
+from tinker_mcp.runs.supervisor import Supervisor
+from tinker_mcp.settings import Settings
+from tinker_mcp.store.runs import RunStore
+from tinker_mcp.training.backend import BackendConnector
+from tinker_mcp.training.clients import Workspace
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BOUND_S = 240.0
+LOOK_S = 0.2
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore:subprocess .* is still running")
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """SmolLM2 where the runs of its home look for a backend."""
+    server = start_server(tmp_path_factory.mktemp("home") / "local", model=SMOLLM2, threads=2)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def settings(smollm2: LocalServer, tmp_path: Path) -> Settings:
+    conversations = Path(str(resources.files("tinker_cookbook") / "example_data"))
+    return Settings(home=smollm2.state_dir.parent, roots=(tmp_path, conversations))
+
+
+async def completed(settings: Settings, **arguments: Any) -> str:
+    """A run that was planned, started, and has come to its planned end; its id."""
+    workspace = Workspace(BackendConnector(settings))
+    asked = RunArguments(base_model=SMOLLM2, rank=16, lr_schedule="constant", **arguments)
+    async with asyncio.timeout(BOUND_S):
+        try:
+            while (planned := await plan(workspace, asked)) is None:
+                pass
+        finally:
+            await workspace.close()
+        supervisor = Supervisor(settings)
+        run_id = supervisor.start(planned).run_id
+        while (row := supervisor.run(run_id)).state in ACTIVE:
+            await asyncio.sleep(LOOK_S)
+    log = RunFolder.of(settings.home, run_id).log.read_text()
+    assert row.state == "completed", f"{row.state}: {row.detail}\n{log}"
+    return run_id
+
+
+def held_out(settings: Settings, run_id: str, name: str) -> list[float]:
+    """A metric of the held-out set, by step."""
+    with RunStore(settings.home) as store:
+        return [row.numbers[f"test/{name}"] for row in store.metrics(run_id, "eval")]
+
+
+async def test_sft_lowers_the_loss_on_conversations_it_never_saw(settings: Settings) -> None:
+    run_id = await completed(
+        settings,
+        method="sft",
+        data=str(settings.roots[1] / "conversations.jsonl"),
+        eval_share=0.0625,  # 8 of 128
+        steps=6,
+        batch_size=8,
+        learning_rate=1e-3,
+        max_length=192,
+        accept=("truncation", "learning_rate"),
+    )
+    before, after = held_out(settings, run_id, "nll")
+    assert after < before - 0.1
+
+
+def write_pairs(path: Path) -> None:
+    """The chosen answer is short and to the point, the rejected one is neither."""
+    things = (
+        *("tree", "fish", "tool", "planet", "river", "metal", "bird", "number", "season", "city"),
+        *("fruit", "colour", "game", "dance", "song", "poem", "ship", "stone", "spice", "grain"),
+        *("cloud", "shoe", "lamp", "door"),
+    )
+    rows = [
+        {
+            "prompt": f"Name a {thing}.",
+            "chosen": f"Gladly: here is a {thing}.",
+            "rejected": f"I would rather not say anything about a {thing} today.",
+        }
+        for thing in things
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+async def test_dpo_comes_to_prefer_the_chosen_answers_to_prompts_it_never_saw(
+    settings: Settings, tmp_path: Path
+) -> None:
+    write_pairs(tmp_path / "pairs.jsonl")
+    run_id = await completed(
+        settings,
+        method="dpo",
+        data=str(tmp_path / "pairs.jsonl"),
+        eval_share=0.25,  # 6 of 24 pairs
+        steps=8,
+        batch_size=4,
+        learning_rate=2e-4,
+        accept=("learning_rate",),
+    )
+    accuracy, loss = (held_out(settings, run_id, name) for name in ("accuracy", "dpo_loss"))
+    assert accuracy[-1] > 0.8 > accuracy[0]
+    assert loss[-1] < loss[0]
