@@ -3,7 +3,7 @@
 ```
  coding agent (Claude Code, Codex, Cursor, VS Code ...)
      | MCP: stdio or streamable HTTP
- cli.py      argv -> one call      demo.py  an agent's whole job, through the tools
+ cli/        argv -> one call      demo.py  an agent's whole job, through the tools
  server/     what the agent sees
    app.py       create_server: one lifespan, one table of tools
    boundary.py  how a function becomes a tool; errors as text      schemas.py, reply_size.py,
@@ -11,6 +11,12 @@
    tools/       one file a subject
    prompts.py   resources.py   completions.py   docs.py (the manual, searched)
    lifecycle.py (stdio, and the end)   http.py
+ runs/       training that outlives a call
+   plan.py      what was asked -> a checked RunSpec, with its cost      spec.py, states.py
+   methods/     one file a method: the whole loop, on attempt.py and pipeline.py
+   supervisor.py (start, watch, stop, resume)   worker.py (the detached process)
+   journal.py, folder.py (what it writes)       views.py (what is read)
+ store/      runs, metrics, checkpoints and events in SQLite; the only room with SQL
  training/   the domain, on the tinker SDK and the cookbook: data, clients, loops, sampling
  docs/       the manual's pages     prompts/ (in the wheel; at the repository's top)  workflows
  settings.py every environment variable, read once      errors.py  problem + next step
@@ -18,7 +24,8 @@
  tinker_local (started when it is needed)  or  hosted Tinker, by TINKER_API_KEY
 ```
 
-Direction of imports: cli > demo > server > training > settings > errors; checked by import-linter.
+Direction of imports: cli > demo > server > runs > (training | store) > settings > errors; checked by
+import-linter.
 Heavy packages (tinker, torch, transformers, tinker_cookbook) are imported inside functions, so
 that the server answers `initialize` before any of them is loaded.
 """

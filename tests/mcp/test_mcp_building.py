@@ -15,7 +15,7 @@ from tinker_mcp.training.checks import datum_problem
 from tinker_mcp.training.datums import (
     preference_datums,
     render,
-    text_datum,
+    text_datums,
     trained_tokens,
     weight_sum,
 )
@@ -32,12 +32,31 @@ PAIR = {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}
 def test_a_text_is_trained_on_from_its_second_token_without_a_chat_format(
     tiny: ModelRenderer,
 ) -> None:
-    datum, was_cut = text_datum(Text("line 1", "abcd"), tiny, 99, "none")
+    (datum,) = text_datums(Text("line 1", "abcd"), tiny, 99, "none")
     assert datum.model_input.to_ints() == tiny.encode("abc")
     assert datum.loss_fn_inputs["target_tokens"].tolist() == tiny.encode("bcd")
     assert datum.loss_fn_inputs["weights"].tolist() == [1.0, 1.0, 1.0]
-    assert not was_cut
     assert marked(datum, tiny) == "a⟦bcd⟧"
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"), [("abcd", ["abcd"]), ("abcdefgh", ["abcd", "efgh"]), ("abcde", ["abcd"])]
+)
+def test_a_long_text_becomes_a_datum_of_every_max_length_tokens(
+    tiny: ModelRenderer, text: str, pieces: list[str]
+) -> None:
+    built = render([Text("line 1", text)], tiny, "all_tokens", 4, "none")
+    assert [marked(datum, tiny) for datum in built.datums] == [f"{p[0]}⟦{p[1:]}⟧" for p in pieces]
+    assert (built.truncated, built.split_texts) == (0, int(len(pieces) > 1))
+
+
+async def test_a_txt_file_has_a_text_a_line(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "rhymes.txt").write_text("one two\n\nthree four five\n")
+    asked = {"base_model": TINY, "path": str(tmp_path / "rhymes.txt"), "kind": "text"}
+    async with in_memory(settings) as agent:
+        built = await agent.call("build_datums", **asked)
+    assert (built["datums"], built["split_texts"]) == (2, 0)
+    assert built["tokens"]["longest"] == len("three four five")
 
 
 def test_a_text_of_one_token_is_refused(tiny: ModelRenderer) -> None:
@@ -110,9 +129,9 @@ def test_a_weight_0_that_leaves_nothing_or_cannot_be_honoured_is_named(
 
 
 def test_other_marks_are_taken_where_the_text_holds_them(tiny: ModelRenderer) -> None:
-    datum, _ = text_datum(Text("line 1", "a⟦b"), tiny, 99, "none")
+    (datum,) = text_datums(Text("line 1", "a⟦b"), tiny, 99, "none")
     assert marked(datum, tiny) == "[trained tokens stand between ⟪ and ⟫]\na⟪⟦b⟫"
-    datum, _ = text_datum(Text("line 1", "a⟦⟫⦅<<TRAINED:"), tiny, 99, "none")
+    (datum,) = text_datums(Text("line 1", "a⟦⟫⦅<<TRAINED:"), tiny, 99, "none")
     assert marked(datum, tiny).endswith("\na<<TRAINED-1:⟦⟫⦅<<TRAINED::TRAINED-1>>")
 
 

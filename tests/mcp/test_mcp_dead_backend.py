@@ -117,7 +117,7 @@ async def test_a_bad_question_is_refused_before_weights_are_saved(settings: Sett
         client_id = await agent.new_client()
         nothing_said = [{"role": "user"}]
         error = await agent.error("sample", client_id=client_id, messages=nothing_said)
-    assert "refuses these messages" in error
+    assert 'refuses these messages: messages[0]: not an object with "role" and "content"' in error
 
 
 async def test_two_servers_that_start_the_backend_at_once_share_one(own_home: Path) -> None:

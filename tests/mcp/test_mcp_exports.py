@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from agents import Agent, in_memory
 
 from servers import LocalServer
 from tinker_mcp.settings import Settings
+from tinker_mcp.training.export_worker import _workshop
 
 EXACT = 1e-3  # nats; both sides compute in float32
 BOUND_S = 240.0  # an export takes 8 s; on a busy machine many times that
@@ -161,6 +164,20 @@ async def test_what_cannot_be_exported_says_what_can(settings: Settings, tmp_pat
     assert "cannot be downloaded, and no state of its name" in said
     assert "save_checkpoint makes both" in said
     assert unknown.startswith("not_found: ")
+
+
+def test_what_a_killed_export_left_behind_is_swept_and_that_of_a_live_one_is_not(
+    tmp_path: Path,
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / f".out-{ended.pid}-abcd1234"
+    kept = [tmp_path / name for name in (f".out-{os.getpid()}-abcd1234", ".out-mine", "other")]
+    for folder in (left, *kept):
+        folder.mkdir()
+    with _workshop(tmp_path / "out") as workshop:
+        assert {workshop, *kept} == set(tmp_path.iterdir())
+    assert set(kept) == set(tmp_path.iterdir())
 
 
 async def test_no_key_is_in_an_exported_folder(

@@ -61,5 +61,32 @@ def test_without_a_tokenizer_there_is_no_advice(backend: Backend) -> None:
     assert rendering.advice(backend, "nobody/no-such-model") is None
 
 
+def test_a_retired_model_is_told_with_its_day_and_its_replacement() -> None:
+    served = ["Qwen/Qwen3.6-35B-A3B", "Qwen/Qwen3-8B"]
+    problem, fix = models.absent("Qwen/Qwen3-30B-A3B", served)
+    assert problem == (
+        "'Qwen/Qwen3-30B-A3B' is not among the 2 models that can be trained here: Tinker retired "
+        "it on 2026-06-12"
+    )
+    assert 'base_model="Qwen/Qwen3.6-35B-A3B", its replacement by https://tinker-docs' in fix
+    assert (
+        'base_model="Qwen/Qwen3-8B", which is the nearest in size'
+        in models.absent("meta-llama/Llama-3.1-8B", served)[1]
+    )
+
+
+def test_what_a_backend_serves_is_never_called_retired() -> None:
+    problem, fix = models.absent("Qwen/Qwen3-9B", ["Qwen/Qwen3-8B"])
+    assert "retired" not in problem
+    assert "Qwen/Qwen3-8B" in fix
+
+
+def test_a_known_model_may_be_rendered_in_more_than_one_way() -> None:
+    assert set(models.fitting_renderers("Qwen/Qwen3-8B", _refuse)) >= {
+        "qwen3",
+        "qwen3_disable_thinking",
+    }
+
+
 def _refuse(*_: object) -> None:
     raise AssertionError("looked on the network, or at a tokenizer")

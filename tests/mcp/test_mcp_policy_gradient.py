@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tinker_mcp.errors import InvalidInputError, NotFoundError
 from tinker_mcp.settings import Settings
 from tinker_mcp.training.backend import Backend, BackendConnector
 from tinker_mcp.training.clients import Workspace
-from tinker_mcp.training.groups import Group, SampledSequence
+from tinker_mcp.training.groups import MAX_GROUPS, Group, SampledSequence, keep
 from tinker_mcp.training.policy_gradient import GroupRewards, build
 
 PROMPT = [7, 8, 9]
@@ -28,6 +29,34 @@ async def workspace(settings: Settings, backend: Backend) -> AsyncIterator[Works
         opened.groups[f"group-{number}"] = group(f"group-{number}")
     yield opened
     await opened.close()
+
+
+async def test_a_group_that_is_kept_no_longer_says_what_to_do(settings: Settings) -> None:
+    opened = Workspace(BackendConnector(settings))
+    for _ in range(MAX_GROUPS + 1):
+        keep(opened.groups, group(opened.next_id("group")))
+    assert len(opened.groups) == MAX_GROUPS
+    assert next(iter(opened.groups)) == "group-2"
+    with pytest.raises(NotFoundError, match=r"group-1 is kept no longer.* Call sample again"):
+        await build(opened, [GroupRewards("group-1", [1.0, 0.0])], "centered")
+    with pytest.raises(NotFoundError, match="No group 'group-999'"):
+        await build(opened, [GroupRewards("group-999", [1.0, 0.0])], "centered")
+
+
+def test_few_large_groups_are_kept_as_far_as_their_tokens_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tinker_mcp.training.groups.MAX_TOKENS", 2 * group("any").tokens)
+    kept: dict[str, Group] = {}
+    for number in range(5):
+        keep(kept, group(f"group-{number}"))
+    assert list(kept) == ["group-3", "group-4"]
+
+
+async def test_a_group_sampled_at_another_temperature_is_told_of(workspace: Workspace) -> None:
+    workspace.groups["group-1"] = replace(workspace.groups["group-1"], temperature=0.7)
+    rewards = [GroupRewards(name, [1.0, 0.0]) for name in ("group-1", "group-2")]
+    assert (await build(workspace, rewards, "centered")).heated_groups == ["group-1"]
 
 
 def group(group_id: str, base_model: str = TINY) -> Group:

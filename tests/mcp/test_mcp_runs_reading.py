@@ -182,7 +182,11 @@ async def test_a_loss_that_is_no_number_is_told_at_its_step(
     add(store, "sft-1", [4.0, 3.0, NAN, math.inf], state="stopped", reason="divergence")
     async with in_memory(settings) as agent:
         run = await agent.call("get_run", run_id="sft-1", plot=True)
+        waited = await agent.call("wait_for_run", run_id="sft-1")
+        listed = await agent.call("list_runs")
     assert (run["loss"], run["nan_at_step"]) == (None, 3)
+    assert (waited["loss"], waited["is_finite"]) == (None, False)
+    assert (listed["runs"][0]["loss"], listed["runs"][0]["is_finite"]) == (None, False)
     assert (run["series"][0]["values"], run["series"][0]["nan_at_step"]) == ([4, 3, None, None], 3)
     assert run["loss_curve"].endswith(NAN_MARK)
     assert (run["state"], run["reason"]) == ("stopped", "divergence")

@@ -29,7 +29,8 @@ async def found(query: str, **arguments: Any) -> dict[str, Any]:
         ("loss is NaN", "errors", "The loss is NaN or infinite"),
         ("optim_step grad_clip_norm", "tools", "optim_step"),
         ("sampler weights or state?", "pitfalls", "State and sampler weights are two things"),
-        ("reinforcement rewards group workflow", "prompt-reinforce", None),
+        ("reinforcement by hand workflow", "prompt-reinforce", None),
+        ("a reward that is gamed", "rewards", "Rewards that are gamed"),
         ("resume a crashed run", "runs", "Resume after a stop or a crash"),
         ("max_usd budget of a run", "runs", "What a run costs"),
         ("run state waiting", "runs", "States"),
@@ -59,7 +60,7 @@ async def test_a_result_is_short_and_its_uri_can_be_read() -> None:
 async def test_a_search_without_results_says_which_pages_exist() -> None:
     nothing = await found("xylophone")
     assert nothing["results"] == []
-    assert "errors, hyperparameters, losses, pitfalls, runs, tools" in nothing["next_step"]
+    assert "errors, hyperparameters, losses, pitfalls, rewards, runs, tools" in nothing["next_step"]
 
 
 def test_every_code_of_an_error_is_explained() -> None:

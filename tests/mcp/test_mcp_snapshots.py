@@ -15,8 +15,8 @@ RENEW = "If that is meant: python -m tests.schema_snapshots"
 MAX_TOOLS = 25
 CHARACTERS_A_TOKEN = 4  # of JSON, by the tokenizers we have; counting needs no download
 # As it is today, rounded up; for 25 tools the goal is 7,000 and 5,000.
-MAX_TOKENS = 6_500
-MAX_VISIBLE_TOKENS = 4_400
+MAX_TOKENS = 6_600
+MAX_VISIBLE_TOKENS = 4_600
 VISIBLE = ("name", "description", "inputSchema")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from mcp.client import Client
 
 from tinker_mcp.server import create_server
 from tinker_mcp.server.app import INSTRUCTIONS, TOOLS
+from tinker_mcp.server.boundary import StrictTool
+from tinker_mcp.server.schemas import complete_input
 from tinker_mcp.settings import Settings
 
 MAX_REPLY_CHARACTERS = 4 * 4_000  # 4k tokens at 4 characters a token
@@ -37,9 +40,14 @@ async def test_every_tool_has_what_a_host_shows() -> None:
 
 
 async def test_every_object_of_arguments_takes_no_others() -> None:
-    for tool in await listed():
-        for schema in objects(tool.input_schema):
-            assert schema["additionalProperties"] is False, tool.name
+    for spec in TOOLS:
+        arguments = StrictTool.of(spec, Path()).fn_metadata.arg_model
+        for schema in objects(complete_input(arguments.model_json_schema())):
+            assert schema["additionalProperties"] is False, spec.title
+
+
+async def test_hosts_are_told_that_a_tool_takes_no_other_arguments() -> None:
+    assert {tool.input_schema["additionalProperties"] for tool in await listed()} == {False}
 
 
 def objects(schema: Any) -> Iterator[dict[str, Any]]:
@@ -53,7 +61,7 @@ def objects(schema: Any) -> Iterator[dict[str, Any]]:
 
 
 async def test_every_reply_ends_with_the_next_step() -> None:
-    assert {list(tool.output_schema["properties"])[-1] for tool in await listed()} == {"next_step"}
+    assert {tool.output_schema["required"][-1] for tool in await listed()} == {"next_step"}
 
 
 async def test_the_tools_are_those_of_the_table() -> None:

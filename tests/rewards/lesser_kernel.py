@@ -17,7 +17,9 @@ NUMBERS = {**kernel.NUMBERS, **seccomp._DENIED}
 def refuse(names: list[str]) -> None:
     kernel.no_new_privileges()
     denied = {name: NUMBERS[name] for name in names}
-    seccomp._install([*seccomp._start(), *seccomp._denials(denied, 1), seccomp._returns(0x7FFF0000)])
+    seccomp._install(
+        [*seccomp._start(), *seccomp._denials(denied, 1), seccomp._returns(0x7FFF0000)]
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import pytest
@@ -156,9 +155,8 @@ async def test_a_pattern_that_explodes_costs_one_sample() -> None:
         "    except OSError: pass\nos._exit(0)",
         "print('x' * 2**24)",
         "import os\nwhile True: os.write(1, b'x' * 65536)",
-        "class Always:\n    def __eq__(self, other): return True\n"
-        "def square(x): raise SystemExit",
-        "import builtins\nbuiltins.all = lambda x: True\nbuiltins.sum = lambda x: 99\ndef square(x): 0",
+        "class Always:\n    def __eq__(self, other): return True\ndef square(x): raise SystemExit",
+        "import builtins\nbuiltins.all = builtins.sum = lambda x: 99\ndef square(x): 0",
         "import socket; socket.socket()\ndef square(x): return x * x",
         "import os; os.kill(os.getppid(), 9)",
     ],
@@ -166,15 +164,17 @@ async def test_a_pattern_that_explodes_costs_one_sample() -> None:
 async def test_a_program_that_cheats_or_attacks_fails_its_tests(code: str) -> None:
     spec = spec_of({"type": "unit_tests", "timeout_s": 1})
     texts = [SQUARE, code, SQUARE]
+    printing = [{"input": "3", "output": "9"}]
     for tests in (
         ["assert square(3) == 9"],
         [{"input": [3], "output": 9, "func_name": "square"}],
-        [{"input": "3", "output": "9"}],
+        printing,
     ):
+        completions = [Completion(text) for text in texts]
         with opened(spec, Settings()) as reward:
-            results = await reward.score([Completion(text) for text in texts], [{"tests": tests}] * 3)
-        is_printing = tests == [{"input": "3", "output": "9"}]
-        assert [result.value for result in results] == ([0.0] * 3 if is_printing else [1.0, 0.0, 1.0])
+            results = await reward.score(completions, [{"tests": tests}] * 3)
+        honest = 0.0 if tests == printing else 1.0  # SQUARE prints nothing
+        assert [result.value for result in results] == [honest, 0.0, honest]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ async def test_a_program_that_cheats_or_attacks_fails_its_tests(code: str) -> No
         ({"type": "regex"}, "pattern: Field required"),
         ({"type": "number", "tolerance": -1}, "tolerance"),
         ({"type": "length"}, "give either target, or min or max or both"),
-        ({"type": "exact_match", "colum": "x"}, "colum: Extra inputs are not permitted"),
+        ({"type": "exact_match", "colour": "x"}, "colour: Extra inputs are not permitted"),
         ({"type": "judge"}, "give either base_model or checkpoint"),
     ],
 )

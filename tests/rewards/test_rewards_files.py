@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ async def score(folder: Path, source: str, *texts: str, **row: Any) -> list[Scor
     (folder / "reward.py").write_text(source)
     with opened(spec_of("reward.py"), Settings(roots=(folder,))) as reward:
         return list(await reward.score([Completion(text) for text in texts], [row] * len(texts)))
+
+
+def jails() -> list[psutil.Process]:
+    """Processes below this one that belong to a jail."""
+    below = psutil.Process().children(recursive=True)
+    return [process for process in below if "rewards.inside" in " ".join(process.cmdline())]
 
 
 @pytest.mark.parametrize(
@@ -104,9 +111,7 @@ def reward(completion, row): return float(completion in (words.GOOD, MORE))
         ("raise SystemExit", "it raised SystemExit"),
     ],
 )
-async def test_a_file_that_cannot_be_used_says_why(
-    source: str, told: str, tmp_path: Path
-) -> None:
+async def test_a_file_that_cannot_be_used_says_why(source: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=told):
         await score(tmp_path, source, "x")
 
@@ -174,7 +179,7 @@ async def test_a_cancelled_call_ends_its_process_and_the_next_one_works(tmp_path
         await reward.score([Completion("x")], [{}])
         call = asyncio.create_task(reward.score([Completion("loop")], [{}]))
         await asyncio.sleep(0.2)
-        children = psutil.Process().children(recursive=True)
+        children = jails()
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
@@ -188,20 +193,28 @@ async def test_a_cancelled_call_ends_its_process_and_the_next_one_works(tmp_path
 async def test_closing_leaves_no_process_and_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import tempfile
+    def folders() -> list[Path]:
+        return list(tmp_path.iterdir())
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     reward = JailedReward(Program("file", "r", "def reward(c, r): return 1"), Limits())
     await reward.score([Completion("x")], [{}])
-    children = psutil.Process().children(recursive=True)
-    assert list(tmp_path.iterdir()) != []
+    children = jails()
+    assert folders() != []
     reward.close()
     _, alive = psutil.wait_procs(children, timeout=5)
-    assert (alive, list(tmp_path.iterdir())) == ([], [])
+    assert (alive, folders()) == ([], [])
 
 
 def test_the_probe_finds_all_isolations_here() -> None:
     assert str(probe()) == "jail: network, files, memory, processes"
+
+
+def test_only_the_user_can_let_code_run_without_walls() -> None:
+    assert not Settings.from_environment({}).allow_unjailed
+    assert Settings.from_environment({"TINKER_MCP_ALLOW_UNJAILED": "1"}).allow_unjailed
+    with pytest.raises(InvalidInputError, match="TINKER_MCP_ALLOW_UNJAILED='maybe' is unclear"):
+        Settings.from_environment({"TINKER_MCP_ALLOW_UNJAILED": "maybe"})
 
 
 def _under(refused: str, code: str, tmp_path: Path) -> str:
@@ -231,6 +244,16 @@ PROBES = "from tinker_mcp.training.rewards.probe import probe\nprint(probe())"
 )
 def test_a_lesser_kernel_is_told_as_it_is(refused: str, told: str, tmp_path: Path) -> None:
     assert _under(refused, PROBES, tmp_path).strip() == told
+
+
+def test_attacks_are_contained_without_namespaces_too(tmp_path: Path) -> None:
+    attacks = LESSER_KERNEL.with_name("test_rewards_hostile.py")
+    chosen = "neither_starts or nothing_outside or forged or no_socket"
+    options = ["-q", "-p", "no:cacheprovider", str(attacks), "-k", chosen]
+    code = f"import pytest\nraise SystemExit(pytest.main({options!r}))"
+    last = _under("unshare", code, tmp_path).strip().splitlines()[-1]
+    assert "passed" in last
+    assert "failed" not in last
 
 
 @pytest.mark.parametrize(
@@ -272,5 +295,3 @@ def test_an_ordinary_user_gets_the_same_jail(tmp_path: Path) -> None:
 def _others_can_run_python() -> bool:
     places = [Path(sys.executable).resolve(), *Path(sys.executable).resolve().parents]
     return all(place.stat().st_mode & 0o001 for place in places)
-
-

@@ -1,5 +1,7 @@
 """Rewards that attack: each is contained, and the honest samples beside it are still scored."""
 
+# ruff: noqa: E501, S108  # an attack a line, on places that are there
+
 from __future__ import annotations
 
 import os
@@ -15,7 +17,7 @@ from tinker_mcp.training.rewards.contract import Scored
 from tinker_mcp.training.rewards.jail import Jail, Sample
 
 OpenJail = Callable[..., Jail]
-SECRET = "tml-a-secret-that-must-stay-here"  # noqa: S105
+SECRET = "tml-a-secret-that-must-stay-here"
 
 HONEST = """
 import ctypes, os, signal, sys, threading, time
@@ -49,28 +51,17 @@ def attacked(jail: Jail) -> Scored:
 def _nothing_left() -> Iterator[None]:
     """No process of a jail is alive when a test is over."""
     yield
-    time_limit = time.monotonic() + 5
-    while left := [p for p in psutil.process_iter() if "rewards.inside" in _command(p)]:
-        mine = [p for p in left if psutil.Process().pid in {parent.pid for parent in _above(p)}]
-        if not mine or time.monotonic() > time_limit:
-            break
-    else:
-        mine = []
-    assert [_command(p) for p in mine] == []
+    _, alive = psutil.wait_procs(below(), timeout=5)
+    assert alive == []
 
 
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
-def _above(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.parents()
-    except psutil.Error:
-        return []
+def below() -> list[psutil.Process]:
+    """The jails' processes of this test run."""
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "rewards.inside" in " ".join(process.cmdline())
+    ]
 
 
 @pytest.fixture
@@ -104,9 +95,7 @@ READS = {
 
 
 @pytest.mark.parametrize("what", READS)
-def test_the_key_is_not_read_from(
-    what: str, jailed: OpenJail, home: Path, tmp_path: Path
-) -> None:
+def test_the_key_is_not_read_from(what: str, jailed: OpenJail, home: Path, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(SECRET)
     (tmp_path / "api_key.txt").write_text(SECRET)
     (tmp_path / "data.txt").symlink_to(home / ".netrc")
@@ -170,11 +159,10 @@ PROCESSES = {
 
 @pytest.mark.parametrize("what", PROCESSES)
 def test_it_neither_starts_nor_reaches_another_process(what: str, jailed: OpenJail) -> None:
-    before = len(psutil.pids())
     attack = attacked(jailed(attacking(PROCESSES[what].replace("PARENT", str(os.getpid())))))
     assert attack.value is None
-    assert len(psutil.pids()) < before + 50
-    assert psutil.Process().is_running()
+    launcher_and_cell = 2
+    assert len(below()) == launcher_and_cell
 
 
 THREADS = """
@@ -207,6 +195,17 @@ def test_an_end_costs_one_sample(how: str, jailed: OpenJail) -> None:
     attack = attacked(jailed(attacking(code)))
     assert attack.value is None
     assert told in str(attack.error)
+
+
+def test_it_inherits_no_descriptor_but_its_own_pipes(jailed: OpenJail) -> None:
+    code = """
+    def is_open(descriptor):
+        try: return bool(os.fstat(descriptor))
+        except OSError: return False
+    return sum(map(is_open, range(256)))
+    """
+    streams, requests_and_answers = 3, 2
+    assert attacked(jailed(attacking(code))) == Scored(streams + requests_and_answers)
 
 
 def test_killing_itself_costs_one_sample(jailed: OpenJail) -> None:
@@ -243,13 +242,13 @@ MEMORY = {
     "a memory file": "f = os.memfd_create('x'); os.write(f, b'x'); return 1",
     "System V memory": "libc = ctypes.CDLL(None, use_errno=True)\n"
     "if libc.shmget(0, 2**30, 0o1600) >= 0: return 1\nraise OSError(ctypes.get_errno())",
-    "a long number": "return 10 ** 10_000_000",
+    "a long number": "return 10 ** 3_000_000",
 }
 
 
 @pytest.mark.parametrize("how", MEMORY)
 def test_memory_is_bounded(how: str, jailed: OpenJail) -> None:
-    limits = {"memory_bytes": 256 * 2**20, "address_bytes": 2**30, "wall_s": 20}
+    limits = {"memory_bytes": 256 * 2**20, "address_bytes": 2**30, "wall_s": 8}
     attack = attacked(jailed(attacking(MEMORY[how]), **limits))
     assert attack.value is None
 
@@ -321,6 +320,7 @@ def test_its_scratch_folder_is_writable_and_small(jailed: OpenJail) -> None:
 
 PRINTS = {
     "a gigabyte": "for _ in range(1024): print('x' * 2**20)",
+    "nothing, its streams closed": "os.close(1); os.close(2); time.sleep(60)",
     "to stderr": "while True: sys.stderr.write('x' * 2**16)",
     "past Python": "while True: os.write(1, b'x' * 2**16)",
 }
@@ -330,8 +330,10 @@ PRINTS = {
 def test_printing_is_bounded_and_goes_nowhere(
     how: str, jailed: OpenJail, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    attack = attacked(jailed(attacking(PRINTS[how])))
-    assert attack == Scored(None, "it printed more than 1024 KiB")
+    attack = attacked(jailed(attacking(PRINTS[how]), wall_s=1.0))
+    is_silent = how.startswith("nothing")
+    told = "it took longer than 1 s" if is_silent else "it printed more than 1024 KiB"
+    assert attack == Scored(None, told)
     assert capfd.readouterr() == ("", "")
 
 
@@ -443,7 +445,7 @@ def test_the_end_of_this_process_ends_the_jail(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    program = f"""
+    program = """
 import os, signal, time
 from tinker_mcp.training.rewards.jail import *
 jail = Jail(Program("file", "r", "def reward(c, r): return 1"), Limits())

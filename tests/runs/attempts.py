@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from servers import LocalServer
-from tiny_data import TINY, sdk_datum, tokens_of
 from tinker_mcp.runs.attempt import Attempt, Outcome
 from tinker_mcp.runs.folder import RunFolder
 from tinker_mcp.runs.journal import Journal
@@ -18,6 +17,7 @@ from tinker_mcp.runs.spec import DataFacts, RunSpec
 from tinker_mcp.store.rows import CheckpointRow, MetricKind
 from tinker_mcp.store.runs import RunStore
 from tinker_mcp.training.backend import Backend
+from tiny_data import TINY, sdk_datum, tokens_of
 
 if TYPE_CHECKING:
     import tinker

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from attempts import LEASE, RUN_ID, Run, backend_of, held_out_sentences, pairs, sentences, spec_of
@@ -24,9 +24,6 @@ from tinker_mcp.store.rows import StopAsked
 from tinker_mcp.store.runs import RunStore
 from tinker_mcp.training.backend import Backend
 from tinker_mcp.training.dpo import DpoLoss
-
-if TYPE_CHECKING:
-    import tinker
 
 ANSWER_S = 30.0
 NOTICED_S = 15.0

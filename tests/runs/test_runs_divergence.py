@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attempts import Run, backend_of, sentences, spec_of
+from attempts import Run, backend_of, held_out_sentences, sentences, spec_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -104,6 +104,18 @@ async def test_a_loss_that_is_not_a_number_stops_the_run(backend: Backend, tmp_p
     assert (outcome.state, outcome.reason) == ("stopped", "divergence")
     assert len(losses) == 1  # the second is no number, and the local backend says so
     assert "The loss diverged after step 1." in outcome.detail
+    assert run.checkpoints() == []
+
+
+async def test_weights_that_the_last_step_ruined_are_not_saved(
+    backend: Backend, tmp_path: Path
+) -> None:
+    train, held_out = sentences(), held_out_sentences()
+    run = Run(tmp_path, spec_of(train, held_out, steps=1, learning_rate=1e30), train, held_out)
+    outcome = await run.attempt(backend)
+    assert (outcome.state, outcome.reason) == ("stopped", "divergence")
+    assert "it is no number at step 1." in outcome.detail
+    assert math.isnan(run.series("eval", "test/nll")[1])
     assert run.checkpoints() == []
 
 

@@ -6,20 +6,17 @@ import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import pytest
 from attempts import Run, backend_of, held_out_sentences, pairs, sentences, spec_of
 
 from servers import LocalServer, start_server
-from tiny_data import TINY
 from tinker_mcp.errors import ClientLostError, RequestFailedError
 from tinker_mcp.runs.pipeline import UNRECORDED, Pipeline
 from tinker_mcp.training.loop import batch_of
-
-if TYPE_CHECKING:
-    import tinker
+from tiny_data import TINY
 
 BOUND_S = 10.0
 ANSWER_S = 30.0

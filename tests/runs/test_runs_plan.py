@@ -176,6 +176,20 @@ async def test_all_problems_are_told_at_once_each_with_its_fix(
         assert part in said, (part, said)
 
 
+@pytest.mark.parametrize("wrong", [{"renderer": "no_such"}, {"eval_data": "none.jsonl"}])
+async def test_what_cannot_be_rendered_does_not_hide_the_rest(
+    workspace: Workspace, tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    data = write(tmp_path, [*conversations(3), {"messages": []}])
+    said = await refusal(
+        workspace, data, **{"learning_rate": 0.3, "epochs": 1, "steps": 1, **wrong}
+    )
+    assert "1 of 4 rows of data=" in said
+    assert "steps=1 and epochs=1" in said
+    assert next(iter(wrong.values())) in said
+    assert "renderer" in wrong or "learning_rate=0.3 is 1000 times above" in said
+
+
 @pytest.mark.parametrize(
     ("asked", "parts"),
     [

@@ -211,8 +211,8 @@ def test_an_end_has_a_time_and_an_event(leased: RunStore) -> None:
     leased.move("run-1", "first", "stopped", reason="budget", detail="$1.00 are spent.")
 
     assert leased.get("run-1").ended_at is not None
-    whats = [event.what for event in leased.events("run-1")]
-    assert whats == ["starting", "running", "stopped (budget) $1.00 are spent."]
+    told = [event.what for event in leased.events("run-1")]
+    assert told == ["starting", "running", "stopped (budget) $1.00 are spent."]
 
 
 def test_a_block_under_a_lease_is_written_whole_or_not_at_all(leased: RunStore) -> None:

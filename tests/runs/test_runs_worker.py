@@ -9,7 +9,6 @@ from typing import Any
 import psutil
 import pytest
 from detached import (
-    backends_of,
     checkpoint_lines,
     completed,
     ended,
@@ -22,6 +21,7 @@ from detached import (
     worker_of,
 )
 
+from servers import LocalServer
 from tinker_mcp.runs.folder import RunFolder
 from tinker_mcp.runs.redaction import Redacted, secrets_in
 from tinker_mcp.runs.supervisor import Supervisor
@@ -167,31 +167,30 @@ def test_a_stop_is_heard_while_the_run_waits_for_a_backend_that_cannot_start(
     until(lambda: not psutil.pid_exists(row.pid or 0), bound_s=15)
 
 
-def test_no_key_is_in_folder_log_or_database(
-    own_runs_home: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", ["completed", "failed"])
+def test_no_key_is_in_argv_folder_log_or_database(
+    own_runs_home: Path, runs_server: LocalServer, way: str
 ) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("TINKER_BASE_URL", f"http://user:{KEY}@127.0.0.1:9")
-    environ = {**os.environ, "TINKER_MCP_LOG_LEVEL": "debug"}
-    supervisor = Supervisor(Settings(home=own_runs_home, backend="local", api_key=KEY), environ)
-    run_id = supervisor.start(planned(steps=3)).run_id
+    key = runs_server.api_key
+    settings = Settings(
+        home=own_runs_home, backend="hosted", base_url=runs_server.base_url, api_key=key
+    )
+    environ = {**os.environ, "TINKER_MCP_LOG_LEVEL": "debug", "WANDB_API_KEY": KEY}
+    changes = {} if way == "completed" else {"base_model": "tinker-local/none-such"}
+    supervisor = Supervisor(settings, environ)
+    run_id = supervisor.start(planned(steps=3, backend="hosted", **changes)).run_id
     worker = worker_of(supervisor.run(run_id))
-    assert KEY not in " ".join(worker.cmdline())
-    until(lambda: bool(backends_of(own_runs_home)))
+    assert key not in " ".join(worker.cmdline())
 
-    completed(supervisor, run_id, own_runs_home)
+    assert ended(supervisor, run_id).state == way
 
-    until(lambda: not psutil.pid_exists(worker.pid), bound_s=15)
-    note = own_runs_home / "local" / "server.json"
-    keys = [KEY.encode()]
-    if note.exists():
-        import json
-
-        keys.append(json.loads(note.read_text())["api_key"].encode())
-    files = [path for path in (own_runs_home / "runs").rglob("*") if path.is_file()]
-    files += list(own_runs_home.glob(f"{FILE_NAME}*"))
-    assert len(files) > 5
-    assert [path for path in files for key in keys if key in path.read_bytes()] == []
+    until(lambda: not psutil.pid_exists(worker.pid), bound_s=20)
+    files = [path for path in own_runs_home.rglob("*") if path.is_file()]
+    assert {FILE_NAME, "logs.log", "config.json"} <= {path.name for path in files}
+    found = [
+        path for path in files for secret in (key, KEY) if secret.encode() in path.read_bytes()
+    ]
+    assert found == []
 
 
 def test_secrets_are_found_by_the_names_of_their_variables() -> None:

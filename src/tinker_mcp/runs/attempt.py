@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,6 @@ from tinker_mcp.training import sessions, waiting
 from tinker_mcp.training.backend import Backend
 from tinker_mcp.training.datums import trained_tokens
 from tinker_mcp.training.loop import batch_of
-from tinker_mcp.training.sessions import NewClient, in_session
 from tinker_mcp.training.sessions import NewClient
 
 if TYPE_CHECKING:
@@ -228,9 +228,7 @@ class Attempt:
             numbers: What the method measured, from the forward_backward's answer.
         """
 
-        def record(
-            output: tinker.ForwardBackwardOutput, stepped: tinker.OptimStepResponse
-        ) -> None:
+        def record(output: tinker.ForwardBackwardOutput, stepped: tinker.OptimStepResponse) -> None:
             if self.outcome is not None and self.outcome.reason == "divergence":
                 return  # of weights that are given up
             measured = numbers(output)
@@ -274,8 +272,12 @@ class Attempt:
         self.journal.spend(tokens)
 
         def record(output: tinker.ForwardBackwardOutput) -> None:
-            if self.outcome is None or self.outcome.reason != "divergence":
-                self.journal.evaluation(step, numbers(output))
+            if self.outcome is not None and self.outcome.reason == "divergence":
+                return
+            measured = numbers(output)
+            self.journal.evaluation(step, measured)
+            if not all(map(math.isfinite, measured.values())):
+                self._diverge(f"The held-out loss diverged: it is no number at step {step}.")
 
         self._in_flight.put(submit(list(self.held_out)).coroutine(), record=record)
 

@@ -1,4 +1,4 @@
-"""What an attempt has in flight: submitted in order, answered in the backend's time, recorded in order.
+"""What an attempt has in flight: submitted in order, answered any time, recorded in order.
 
 A step is submitted while the one before it is still being computed, so that no clock cycle passes
 empty. Evaluations and checkpoints stand in the same line, which holds no step back: only what is

@@ -120,9 +120,10 @@ async def _settled(workspace: Workspace, arguments: RunArguments, findings: Find
         await anyio.to_thread.run_sync(sets.check, workspace, arguments, findings)
         raise findings.error()
     both = await anyio.to_thread.run_sync(sets.build, workspace, arguments, backend, base, findings)
-    if both is None:
-        raise findings.error()
     price = checks.price(backend, base.model_name, workspace.connector.settings, findings)
+    if both is None:
+        await anyio.to_thread.run_sync(checks.learning_rate, arguments, base.model_name, findings)
+        raise findings.error()
     spec = await anyio.to_thread.run_sync(_spec, arguments, backend, base, both, price, findings)
     planned = Planned(
         spec=spec,
@@ -156,7 +157,7 @@ def _spec(
     findings: Findings,
 ) -> RunSpec:
     """All that was left open, settled. Blocks."""
-    units = len(both.train.datums) // both.train.datums_a_unit
+    units = len(both.train.units)
     batch_size = checks.batch_size(arguments, units, findings)
     rate = checks.learning_rate(arguments, base.model_name, findings)
     steps = arguments.steps or _steps(arguments.epochs or 1.0, units, batch_size)

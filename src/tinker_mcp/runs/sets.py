@@ -53,6 +53,7 @@ def build(
     name = arguments.renderer or rendered
     model = checks.renderer(backend, base.model_name, name, findings)
     if model is None:
+        check(workspace, arguments, findings)
         return None
     limit = base.limit or LONGEST
     max_length = min(arguments.max_length or limit, limit)

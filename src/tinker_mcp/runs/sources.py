@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +51,7 @@ class Rows:
         """How many datums in a row belong together."""
         return 2 if self.kind == "preference" else 1
 
-    @property
+    @cached_property
     def units(self) -> Sequence[Sequence[tinker.Datum]]:
         """What a batch is made of: a datum, or a pair."""
         size = self.datums_a_unit

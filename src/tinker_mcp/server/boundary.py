@@ -11,12 +11,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import structlog
 from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
 from mcp.server.mcpserver.tools import Tool
-from mcp.server.mcpserver.utilities.func_metadata import ArgModelBase
+from mcp.server.mcpserver.utilities.func_metadata import ArgModelBase, FuncMetadata
 from mcp_types import CallToolResult, ToolAnnotations
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -29,6 +29,7 @@ from tinker_mcp.training import recovery
 log = structlog.get_logger()
 
 MAX_ERROR_CHARACTERS = 1500
+_CONTEXT = "ctx"  # the argument that is the server's, not the agent's
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,27 @@ class StrictTool(Tool):
     @classmethod
     def of(cls, spec: ToolSpec, replies: Path) -> Tool:
         """Make the tool of a specification; `replies` is the folder for what is too long."""
-        tool = cls.from_function(
-            spec.fn,
+        # Not from_function: it makes models and schemas that are looser and longer than ours, and
+        # to make them anew takes twice the time that a host waits for the list of tools.
+        signature = inspect.signature(spec.fn, eval_str=True)
+        arguments = _arguments(spec.fn.__name__, signature)
+        reply = _reply_model(signature)
+        return cls(
+            fn=spec.fn,
+            name=spec.fn.__name__,
             title=spec.title,
             description=_unwrapped(inspect.getdoc(spec.fn) or ""),
+            parameters=short_input(arguments.model_json_schema()),
+            fn_metadata=FuncMetadata(
+                arg_model=arguments,
+                output_model=reply,
+                output_schema=short_output(reply.model_fields),
+            ),
+            is_async=inspect.iscoroutinefunction(spec.fn),
+            context_kwarg=_CONTEXT if _CONTEXT in signature.parameters else None,
             annotations=spec.annotations,
+            replies=replies,
         )
-        loose = tool.fn_metadata.arg_model
-        strict = create_model(loose.__name__, __base__=(_Strict, loose), __doc__=loose.__doc__)
-        tool.fn_metadata.arg_model = strict  # type: ignore[assignment]  # mypy infers a local type
-        tool.parameters = short_input(strict.model_json_schema(by_alias=True))
-        schema = tool.fn_metadata.output_schema
-        tool.fn_metadata.output_schema = short_output(schema) if schema else None
-        return tool.model_copy(update={"replies": replies})
 
     async def run(
         self, arguments: dict[str, Any], context: Any, convert_result: bool = False
@@ -165,6 +174,25 @@ def problems(error: ValidationError, model: type[BaseModel]) -> str:
     """What is wrong with the arguments that `model` takes, with the name that may be meant."""
     schema = model.model_json_schema(by_alias=True)
     return "; ".join(_problem(item, _properties(schema, item["loc"])) for item in error.errors())
+
+
+def _arguments(tool: str, signature: inspect.Signature) -> type[_Strict]:
+    fields: dict[str, Any] = {
+        parameter.name: (
+            parameter.annotation,
+            ... if parameter.default is inspect.Parameter.empty else parameter.default,
+        )
+        for parameter in signature.parameters.values()
+        if parameter.name != _CONTEXT
+    }
+    return create_model(f"{tool}Arguments", __base__=_Strict, **fields)
+
+
+def _reply_model(signature: inspect.Signature) -> type[BaseModel]:
+    """The type of the reply; behind a CallToolResult, which holds pictures too, it is noted."""
+    declared = signature.return_annotation
+    model: type[BaseModel] = get_args(declared)[1] if get_args(declared) else declared
+    return model
 
 
 def _with_notes(result: Any, notes: list[str]) -> Any:

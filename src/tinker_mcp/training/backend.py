@@ -88,14 +88,12 @@ class Backend:
             return self._silence()
         return self._silence() if status >= _SERVER_ERROR else None
 
-    async def is_still_there(self) -> bool:
-        """Whether one that has just answered still does, so far as that can be had for nothing.
+    def is_still_there(self) -> bool:
+        """Whether one that has just answered still runs, so far as that can be had for nothing.
 
-        On this machine: something listens. Elsewhere that would take a round trip.
+        To ask it would wake it, for which a busy machine makes a call wait some milliseconds.
         """
-        if not reaching.is_plain_loopback(self.base_url):
-            return True
-        return await reaching.accepts(self.base_url, HEALTH_TIMEOUT_S)
+        return self.pid is None or _is_running(self.pid)
 
     def _silence(self) -> BackendUnreachableError:
         end_it = "" if self.pid is None else f" If it stays so, end its process {self.pid}."
@@ -123,6 +121,18 @@ class Backend:
         if answer.status_code in (401, 403):
             return f"the API key was refused (HTTP {answer.status_code})"
         return None if answer.is_success else f"HTTP {answer.status_code}"
+
+
+def _is_running(pid: int) -> bool:
+    """Whether there is such a process, and one that has ended is not only left to be reaped."""
+    try:
+        os.kill(pid, 0)
+        # "42 (python) S ...": the name may hold anything, a bracket too.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except (OSError, IndexError):  # another user's, or not Linux
+        return True
 
 
 class BackendConnector:

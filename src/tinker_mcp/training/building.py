@@ -193,6 +193,7 @@ def _keep(
         renderer=model.name,
         datums=rendered.datums,
         truncated=rendered.truncated,
+        split_texts=rendered.split_texts,
         statistics=datums.measure(rendered.datums),
         example=marking.marked(rendered.datums[0], model),
         kind=kind,

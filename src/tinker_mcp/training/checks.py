@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,21 +35,23 @@ def datum_problem(datum: tinker.Datum, vocabulary_size: int) -> str | None:
 
 
 def _column_problem(name: str, tensor: tinker.TensorData, positions: int) -> str | None:
+    import numpy as np
+
     dtype = _DTYPES.get(name, tensor.dtype)
-    values = tensor.tolist()
+    values = tensor.to_numpy()
     if tensor.dtype != dtype:
         return f"{name} are {tensor.dtype}, not {dtype}"
     if len(values) != positions:
         return f"{name} has {len(values)} values for {positions} positions"
-    if not all(map(math.isfinite, values)):
+    if tensor.dtype == "float32" and not np.isfinite(values).all():
         return f"{name} are not all finite"
-    return "all weights are 0" if name == "weights" and not any(values) else None
+    return "all weights are 0" if name == "weights" and not values.any() else None
 
 
 def _token_problem(datum: tinker.Datum, vocabulary_size: int) -> str | None:
-    chunks = (getattr(chunk, "tokens", ()) for chunk in datum.model_input.chunks)
-    tokens = [*(token for chunk in chunks for token in chunk)]
-    tokens += datum.loss_fn_inputs["target_tokens"].tolist()
+    tokens = datum.loss_fn_inputs["target_tokens"].tolist()
+    for chunk in datum.model_input.chunks:
+        tokens += getattr(chunk, "tokens", ())
     low, high = min(tokens), max(tokens)
     if low >= 0 and high < vocabulary_size:
         return None

@@ -153,6 +153,11 @@ class Workspace:
         self._numbers[kind] += 1
         return f"{kind}-{self._numbers[kind]}"
 
+    def was_given(self, kind: str, handle: str) -> bool:
+        """Whether it is a handle of this server, of something that may be gone."""
+        number = handle.removeprefix(f"{kind}-")
+        return number.isdecimal() and 1 <= int(number) <= self._numbers[kind]
+
     async def service(self) -> tuple[Backend, tinker.ServiceClient]:
         """The backend, alive, and a ServiceClient on it."""
         backend = await self.connector.connect()
@@ -161,10 +166,8 @@ class Workspace:
                 if self._service is not None:
                     self._service[1].close("errored")  # its heartbeats would go on for ever
                 with sdk_errors.told():
-                    self._service = (
-                        backend,
-                        await anyio.to_thread.run_sync(sessions.open_service, backend),
-                    )
+                    service = await anyio.to_thread.run_sync(sessions.open_service, backend)
+                    self._service = (backend, service)
         return self._service
 
     async def ask(
@@ -233,7 +236,7 @@ class Workspace:
         is_local = client.backend.kind == "local"
         if is_local and self.connector.running() not in (None, client.backend):
             return _ended(client.backend)
-        if client.silent_s() < FRESH_S and await client.backend.is_still_there():
+        if client.silent_s() < FRESH_S and client.backend.is_still_there():
             return None
         absence = await client.backend.absence()
         if absence is None:

@@ -47,6 +47,7 @@ class DatumSet:
     statistics: TokenStatistics
     example: str
     kind: DatumKind = "supervised"
+    split_texts: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,14 @@ class Rendered:
 
     Attributes:
         lost_tokens: What the truncated ones lost together.
+        split_texts: Texts longer than max_length, which became several datums.
     """
 
     datums: Sequence[tinker.Datum]
     truncated: int
     problems: Sequence[Problem]
     lost_tokens: int = 0
+    split_texts: int = 0
 
 
 def supervised_datum(
@@ -91,10 +94,14 @@ def supervised_datum(
     return _datum(model_input, weights, max_length, reduction), cut
 
 
-def text_datum(
+def text_datums(
     text: Text, renderer: ModelRenderer, max_length: int, reduction: Reduction
-) -> tuple[tinker.Datum, int]:
+) -> list[tinker.Datum]:
     """Like `supervised_datum`, of plain text: no chat format, every target token trained.
+
+    Returns:
+        A datum of every `max_length` tokens, so that a long text loses nothing but the first token
+        of each piece as a target, and a last piece of one token.
 
     Raises:
         InvalidInputError: The text is one token long.
@@ -104,10 +111,9 @@ def text_datum(
     tokens = renderer.encode(text.text)
     if len(tokens) < 2:
         raise _refused(f"its text is {len(tokens)} token long, so none follows another")
-    model_input = tinker.ModelInput.from_ints(tokens)
-    weights = [1.0] * len(tokens)
-    cut = max(0, len(tokens) - max_length)
-    return _datum(model_input, weights, max_length, reduction), cut
+    starts = range(0, len(tokens) - 1, max_length)
+    pieces = [tinker.ModelInput.from_ints(tokens[at : at + max_length]) for at in starts]
+    return [_datum(piece, [1.0] * piece.length, max_length, reduction) for piece in pieces]
 
 
 def preference_datums(
@@ -157,7 +163,7 @@ def render(
         train_on_what, reduction: For conversations; a pair has its own rule, a text trains all.
     """
     datums: list[tinker.Datum] = []
-    truncated = lost_tokens = 0
+    truncated = lost_tokens = split_texts = 0
     problems: list[Problem] = []
     vocabulary = renderer.vocabulary_size
     with _without_collections():
@@ -174,7 +180,8 @@ def render(
             datums += made
             truncated += cut > 0
             lost_tokens += cut
-    return Rendered(datums, truncated, problems, lost_tokens)
+            split_texts += isinstance(example, Text) and len(made) > 1
+    return Rendered(datums, truncated, problems, lost_tokens, split_texts)
 
 
 @contextlib.contextmanager
@@ -199,9 +206,8 @@ def _datums_of(
     if isinstance(example, Pair):
         return preference_datums(example, renderer, max_length)
     if isinstance(example, Text):
-        datum, cut = text_datum(example, renderer, max_length, reduction)
-    else:
-        datum, cut = supervised_datum(example, renderer, train_on_what, max_length, reduction)
+        return text_datums(example, renderer, max_length, reduction), 0
+    datum, cut = supervised_datum(example, renderer, train_on_what, max_length, reduction)
     return [datum], cut
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -197,12 +198,31 @@ def _tokens(base: str) -> list[int]:
 def _workshop(output: Path) -> Iterator[Path]:
     """A folder on the file system of `output`, which is gone afterwards."""
     beside = next(folder for folder in output.parents if folder.is_dir())
-    workshop = Path(tempfile.mkdtemp(dir=beside, prefix=f".{output.name}-"))
+    _sweep(beside, output.name)
+    workshop = Path(tempfile.mkdtemp(dir=beside, prefix=f".{output.name}-{os.getpid()}-"))
     _workshops.append(workshop)
     try:
         yield workshop
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
+
+
+def _sweep(beside: Path, name: str) -> None:
+    """Remove what workers left that were killed: folders named after a process that is gone."""
+    for left in beside.iterdir():
+        found = re.fullmatch(rf"\.{re.escape(name)}-(\d+)-[a-z0-9_]{{8}}", left.name)
+        if found and left.is_dir() and not left.is_symlink() and not _is_running(int(found[1])):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def _put(built: Path, output: Path) -> None:

@@ -1,4 +1,4 @@
-"""A file to its rows, one after the other: JSONL, a JSON array, CSV or Parquet.
+"""A file to its rows, one after the other: JSONL, a JSON array, CSV, Parquet, or lines of text.
 
 Knows bytes and places; knows nothing of what a row means. Holds one row (of Parquet: one small
 batch) at a time.
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal
 from tinker_mcp.errors import InvalidInputError, NotFoundError
 from tinker_mcp.training.problems import Problem
 
-FileFormat = Literal["jsonl", "json", "csv", "parquet"]
+FileFormat = Literal["jsonl", "json", "csv", "parquet", "txt"]
 Row = tuple[str, Any]
 """The place as errors name it, and what was there: any JSON value, or the Problem with it."""
 
@@ -60,6 +60,8 @@ def file_format(path: Path, name: str) -> FileFormat:
             start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
     if path.suffix.lower() in (".csv", ".tsv"):
         return "csv"
+    if path.suffix.lower() == ".txt":
+        return "txt"
     if start.startswith(b"PAR1"):
         return "parquet"
     # In JSONL too a row may be a list, but not one that spans lines.
@@ -91,6 +93,16 @@ def _readable(path: Path, name: str) -> Iterator[None]:
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
+    return _of_lines(path, _parsed)
+
+
+def _txt(path: Path) -> Iterator[Row]:
+    """A text a line, as the Hugging Face `text` loader has it; empty lines are none."""
+    # A byte that is no UTF-8 becomes what `messages.text_problem` tells the place of.
+    return _of_lines(path, lambda _, line: {"text": line.decode("utf-8", "surrogateescape")})
+
+
+def _of_lines(path: Path, parsed: Callable[[str, bytes], Any]) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(_lines(file), start=1):
             place = f"line {number}"
@@ -100,7 +112,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
             text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if text.strip():
                 # Without its end, after which a parser would count columns from 1 again.
-                yield place, _parsed(place, text.rstrip(b"\r\n"))
+                yield place, parsed(place, text.rstrip(b"\r\n"))
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes | None]:
@@ -211,4 +223,5 @@ _READERS: dict[FileFormat, Callable[[Path], Iterator[Row]]] = {
     "json": _json_array,
     "csv": _csv,
     "parquet": _parquet,
+    "txt": _txt,
 }

@@ -29,6 +29,14 @@ def problem(place: str, messages: Any, name: str = "messages") -> Problem | None
     return None
 
 
+def message_problem(messages: Messages) -> str | None:
+    """The first message that is none, by its place, and why."""
+    for index, message in enumerate(messages):
+        if found := _message_problem(message):
+            return f"messages[{index}]: {found[1]}"
+    return None
+
+
 def text_problem(text: str) -> str | None:
     """Why a text cannot be tokenized: half a surrogate pair has no UTF-8."""
     if text.isascii():

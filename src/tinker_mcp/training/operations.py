@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,14 +75,8 @@ async def forward_backward(
 
     Both requests are submitted before either is awaited.
     """
-    deadline = workspace.deadline()
-    complete = checked(workspace, client_id, data, datums, loss_fn, config)
 
-    async def prepare(client: OpenClient) -> Work[Scored] | None:
-        objective = await objective_of(workspace, client, data, loss_fn, complete, deadline)
-        if objective is None:
-            return None
-
+    def work(client: OpenClient, objective: Objective, complete: LossConfig) -> Work[Scored]:
         async def start() -> Scored:
             gradients = objective.forward_backward(client.tinker_client, datums)
             if adam is None:
@@ -96,7 +90,7 @@ async def forward_backward(
         key = ("forward_backward", *_key(datums), loss_fn, *sorted(complete.items()))
         return Work(client.unfinished, (*key, adam and adam.model_dump_json()), start)
 
-    return await submitted_in_turn(workspace, client_id, deadline, prepare)
+    return await _with_objective(workspace, client_id, data, datums, loss_fn, config, work)
 
 
 async def forward(
@@ -108,20 +102,34 @@ async def forward(
     config: LossConfig | None,
 ) -> Scored | None:
     """Score without gradients; None when it takes longer than a call may."""
-    deadline = workspace.deadline()
-    complete = checked(workspace, client_id, data, datums, loss_fn, config)
 
-    async def prepare(client: OpenClient) -> Work[Scored] | None:
-        objective = await objective_of(workspace, client, data, loss_fn, complete, deadline)
-        if objective is None:
-            return None
-
+    def work(client: OpenClient, objective: Objective, complete: LossConfig) -> Work[Scored]:
         async def start() -> Scored:
             output = await objective.forward(client.tinker_client, datums)
             return _scored(objective, output, datums, None)
 
         key = ("forward", client_id, client.step, *_key(datums), loss_fn)
         return Work(workspace.unfinished, (*key, *sorted(complete.items())), start)
+
+    return await _with_objective(workspace, client_id, data, datums, loss_fn, config, work)
+
+
+async def _with_objective(
+    workspace: Workspace,
+    client_id: str,
+    data: DatumSet,
+    datums: Sequence[tinker.Datum],
+    loss_fn: str,
+    config: LossConfig | None,
+    work: Callable[[OpenClient, Objective, LossConfig], Work[Scored]],
+) -> Scored | None:
+    """Check what is asked and do `work` in turn, with the loss and its complete config."""
+    deadline = workspace.deadline()
+    complete = checked(workspace, client_id, data, datums, loss_fn, config)
+
+    async def prepare(client: OpenClient) -> Work[Scored] | None:
+        objective = await objective_of(workspace, client, data, loss_fn, complete, deadline)
+        return None if objective is None else work(client, objective, complete)
 
     return await submitted_in_turn(workspace, client_id, deadline, prepare)
 

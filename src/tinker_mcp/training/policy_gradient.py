@@ -16,6 +16,7 @@ import anyio.to_thread
 
 from tinker_mcp.errors import InvalidInputError, NotFoundError
 from tinker_mcp.training import checks, datums, marking, rendering
+from tinker_mcp.training import groups as groups_kept
 from tinker_mcp.training.backend import Backend
 from tinker_mcp.training.clients import Workspace
 from tinker_mcp.training.datums import DatumSet
@@ -45,11 +46,13 @@ class PolicyGradient:
     Attributes:
         groups: How many the datums come from.
         constant_groups: How many were left out since no advantage in them differs from 0.
+        heated_groups: Sampled at another temperature than 1.
     """
 
     data: DatumSet
     groups: int
     constant_groups: int
+    heated_groups: Sequence[str]
     backend: Backend
 
 
@@ -102,6 +105,12 @@ def _checked(workspace: Workspace, groups: Sequence[GroupRewards]) -> list[Group
 
 def _group(workspace: Workspace, given: GroupRewards) -> Group:
     group = workspace.groups.get(given.group_id)
+    if group is None and workspace.was_given("group", given.group_id):
+        raise NotFoundError(
+            f"{given.group_id} is kept no longer: only the newest {groups_kept.MAX_GROUPS} groups "
+            f"are, of at most {groups_kept.MAX_TOKENS:,} tokens together.",
+            next_step="Call sample again for a new group; build its datums before many others.",
+        )
     if group is None:
         known = ", ".join(list(workspace.groups)[-20:]) or "none"
         raise NotFoundError(
@@ -154,6 +163,7 @@ def _build(
         data=_keep(workspace, model, made),
         groups=len(kept),
         constant_groups=len(groups) - len(kept),
+        heated_groups=[group.group_id for group in groups if group.temperature != 1],
         backend=backend,
     )
 

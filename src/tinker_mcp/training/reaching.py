@@ -7,7 +7,6 @@ on this machine is asked by a socket, and the rest, which may need TLS or a prox
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -25,16 +24,6 @@ async def status(url: str, timeout_s: float) -> int:
         TimeoutError: Something may, but it gave no answer.
     """
     return await (_by_socket if is_plain_loopback(url) else _by_httpx)(url, timeout_s)
-
-
-async def accepts(url: str, timeout_s: float) -> bool:
-    """Whether something listens at a plain address of this machine."""
-    with contextlib.suppress(OSError):
-        async with asyncio.timeout(timeout_s):
-            _, writer = await _connected(url)
-        writer.close()
-        return True
-    return False
 
 
 def is_plain_loopback(url: str) -> bool:
@@ -63,7 +52,7 @@ async def _by_socket(url: str, timeout_s: float) -> int:
     request = f"GET {parts.path} HTTP/1.1\r\nHost: {parts.hostname}\r\nConnection: close\r\n\r\n"
     async with asyncio.timeout(timeout_s):
         try:
-            reader, writer = await _connected(url)
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80)
         except OSError as error:
             raise ConnectionRefusedError(str(error)) from error
         try:
@@ -74,11 +63,6 @@ async def _by_socket(url: str, timeout_s: float) -> int:
             raise TimeoutError("no answer") from error
         finally:
             writer.close()
-
-
-async def _connected(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    parts = urlsplit(url)
-    return await asyncio.open_connection(parts.hostname, parts.port or 80)
 
 
 async def _by_httpx(url: str, timeout_s: float) -> int:

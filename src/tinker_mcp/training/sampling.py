@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from tinker_mcp.errors import InvalidInputError
 from tinker_mcp.training.clients import Workspace
-from tinker_mcp.training.groups import Group, SampledSequence
+from tinker_mcp.training.groups import Group, SampledSequence, keep
+from tinker_mcp.training.messages import message_problem
 from tinker_mcp.training.rendering import ModelRenderer
 from tinker_mcp.training.samplers import Sampler, Source, ask
 
@@ -82,7 +83,9 @@ async def sample(workspace: Workspace, source: Source, question: Question) -> Sa
         response = await sampler.client.sample(
             prompt, question.num_samples, _params(question, stop)
         )
-        group = _kept(workspace, sampler, renderer, prompt, response.sequences)
+        group = _kept(
+            workspace, sampler, renderer, prompt, response.sequences, question.temperature
+        )
         return Sampled(
             answers=[_answer(sequence, question, renderer) for sequence in response.sequences],
             backend=sampler.backend.label,
@@ -122,6 +125,7 @@ def _kept(
     renderer: ModelRenderer,
     prompt: tinker.ModelInput,
     sequences: Sequence[Any],
+    temperature: float,
 ) -> Group | None:
     """The group of several samples, stored; None for a single one."""
     if len(sequences) == 1:
@@ -136,8 +140,9 @@ def _kept(
             for drawn in sequences
         ],
         weights=sampler.weights,
+        temperature=temperature,
     )
-    workspace.groups[group.group_id] = group
+    keep(workspace.groups, group)
     return group
 
 
@@ -153,8 +158,9 @@ def _prompt(question: Question, renderer: ModelRenderer) -> tuple[tinker.ModelIn
     try:
         prompt = renderer.prompt(question.messages or ())  # type: ignore[arg-type]  # the renderer checks
     except Exception as error:  # a renderer refuses with assertions as well as with RendererError
+        what = message_problem(question.messages or ()) or repr(error)
         raise InvalidInputError(
-            f"The renderer {renderer.name} refuses these messages: {error!r}"[:400],
+            f"The renderer {renderer.name} refuses these messages: {what}"[:400],
             next_step='Give a list of {"role", "content"} that ends with a user message.',
         ) from error
     return prompt, stop or renderer.stop()

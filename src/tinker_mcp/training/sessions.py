@@ -94,9 +94,9 @@ def open_service(backend: Backend, run_id: str | None = None) -> tinker.ServiceC
     """A ServiceClient, in a thread: importing the SDK takes seconds."""
     import tinker
 
-    tags = (
-        {"client": "tinker-mcp"} if run_id is None else {"client": "tinker-mcp", "run_id": run_id}
-    )
+    tags = {"client": "tinker-mcp"}
+    if run_id is not None:
+        tags["run_id"] = run_id
     return tinker.ServiceClient(
         user_metadata=tags,
         base_url=backend.base_url,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+import math
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -16,6 +17,12 @@ from tinker_mcp.server.tools.replies import (
     finite,
     workspace_of,
 )
+from tinker_mcp.server.tools.run_replies import short
+from tinker_mcp.settings import Settings
+from tinker_mcp.training import prices
+
+if TYPE_CHECKING:
+    from tinker_mcp.runs.plan import Planned
 
 
 class CostEstimate(BaseModel):
@@ -53,21 +60,32 @@ async def estimate_cost(
     return CostEstimate(
         finished=True,
         backend=estimate.backend,
-        usd_low=_dollars(estimate.usd_low),
-        usd_high=_dollars(estimate.usd_high),
+        usd_low=short(estimate.usd_low),
+        usd_high=short(estimate.usd_high),
         usd_per_million=price and price.usd_per_million,
         price_source=price and price.source,
         price_date=price and str(price.date),
-        seconds=None if estimate.seconds is None else round(estimate.seconds, 1),
+        seconds=short(estimate.seconds),
         seconds_source=estimate.seconds_source or None,
         tokens=dict(estimate.tokens),
         steps=planned.spec.steps,
         learning_rate=finite(planned.spec.learning_rate),
         learning_rate_source=planned.spec.learning_rate_source,
         warnings=list(planned.warnings),
-        next_step="Call start_run with the same arguments"
-        + (f", max_usd of {estimate.usd_high:.2f} or more." if estimate.usd_high else "."),
+        next_step=_next(planned, workspace_of(ctx).connector.settings),
     )
+
+
+def _next(planned: Planned, settings: Settings) -> str:
+    usd = planned.estimate.usd_high
+    if usd is None:
+        return (
+            f"The price of {planned.spec.base_model} is unknown: put it into "
+            f"{prices.own_file(settings.home)}, then call again."
+        )
+    if usd == 0:
+        return "Call start_run with the same arguments."
+    return f"Ask the user, then call start_run with max_usd={math.ceil(usd * 100) / 100}."
 
 
 def run_arguments(spec: dict[str, Any]) -> RunArguments:
@@ -83,7 +101,3 @@ def run_arguments(spec: dict[str, Any]) -> RunArguments:
         raise InvalidInputError(
             problems(error, RunArguments), next_step="Mend that, then call again."
         ) from error
-
-
-def _dollars(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)

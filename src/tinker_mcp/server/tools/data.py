@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -61,6 +62,7 @@ class BuiltDatums(BaseModel):
     renderer: str | None = None
     backend: str | None = None
     truncated: int = Field(default=0, description="Rows cut at max_length.")
+    split_texts: int = Field(default=0, description="Over max_length: several datums each.")
     left_out: list[str] = Field(default=[], description="At most ten.")
     left_out_count: int = 0
     constant_groups: int = Field(default=0, description="All rewards equal: no gradient.")
@@ -150,8 +152,18 @@ async def _policy_gradient(
         backend=built.backend.label,
         constant_groups=built.constant_groups,
         example=data.example,
-        next_step=f'Call forward_backward(client_id, data_id="{data.data_id}", '
+        next_step=_heated(built.heated_groups)
+        + f'Call forward_backward(client_id, data_id="{data.data_id}", '
         'loss_fn="importance_sampling" or "ppo") on the client that drew the samples.',
+    )
+
+
+def _heated(groups: Sequence[str]) -> str:
+    if not groups:
+        return ""
+    return (
+        f"Warning: {', '.join(groups[:5])} was sampled at a temperature other than 1, so its "
+        "logprobs are not the model's own and the losses compare it wrongly: sample at 1. "
     )
 
 
@@ -178,6 +190,7 @@ def _reply(built: Built) -> BuiltDatums:
         renderer=train.renderer,
         backend=built.backend.label,
         truncated=train.truncated + (held_out.truncated if held_out else 0),
+        split_texts=train.split_texts + (held_out.split_texts if held_out else 0),
         left_out=[str(problem)[:200] for problem in built.problems[:10]],
         left_out_count=len(built.problems),
         example=train.example,

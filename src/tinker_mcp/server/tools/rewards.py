@@ -79,25 +79,22 @@ async def test_reward(
             " regex, math, json_schema, length, unit_tests, judge."
         ),
     ],
-    cases: Annotated[
-        list[RewardCase] | None, Field(max_length=200, description="With the expected value.")
-    ] = None,
+    cases: Annotated[list[RewardCase] | None, Field(max_length=200)] = None,
     data: Annotated[
         str | None, Field(description="A file: its rows, and completions where it has some.")
     ] = None,
     rows: Annotated[Whole, Field(ge=1, le=500)] = 32,
 ) -> TestedReward:
-    """Try a reward before a run depends on it: on labelled cases, and on real rows.
+    """Try a reward on labelled cases and real rows before a run depends on it.
 
-    Also tells what an empty answer or an echoed prompt earns. Runs files in a jail; a judge spends
-    tokens.
+    Tells too what an empty answer or an echoed prompt earns. Only a judge spends tokens.
     """
     workspace = workspace_of(ctx)
     settings = workspace.connector.settings
     if not cases and data is None:
         raise InvalidInputError(
             "test_reward has nothing to score.",
-            next_step='Give cases=[{"completion": ..., "row": {...}, "expected": 1}], or data=path.',
+            next_step='Give data=path, or cases=[{"completion": ..., "row": {}, "expected": 1}].',
         )
     spec = spec_of(reward)
     read = await anyio.to_thread.run_sync(_rows, data, rows, settings)

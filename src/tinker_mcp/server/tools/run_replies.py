@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,6 +54,7 @@ class ListedRun(BaseModel):
     step: int
     steps: int
     loss: float | None
+    is_finite: bool
     usd: float
     created_at: str
 
@@ -128,6 +130,7 @@ class WaitedRun(BaseModel):
     step: int
     steps: int
     loss: float | None
+    is_finite: bool = Field(description="False where the loss is NaN or infinite.")
     eval_loss: float | None
     seconds_left: float | None
     usd: float
@@ -164,8 +167,8 @@ def started(run: RunSummary, spec: RunSpec, folder: Path, planned: Planned | Non
         held_out_datums=spec.held_out.datums if spec.held_out else 0,
         held_out_source=spec.held_out.source if spec.held_out else None,
         tokens=estimate.tokens.get("total") if estimate else None,
-        usd_low=estimate.usd_low if estimate else None,
-        usd_high=estimate.usd_high if estimate else None,
+        usd_low=short(estimate.usd_low) if estimate else None,
+        usd_high=short(estimate.usd_high) if estimate else None,
         max_usd=spec.max_usd,
         seconds=short(estimate.seconds) if estimate else None,
         warnings=list(planned.warnings) if planned else list(run.warnings),
@@ -184,6 +187,7 @@ def waited(run: RunSummary, news: Sequence[Change], is_finished: bool) -> Waited
         step=run.step,
         steps=run.steps,
         loss=short(run.loss),
+        is_finite=run.loss is not None or run.step == 0,
         eval_loss=short(run.eval.last.value) if run.eval else None,
         seconds_left=short(run.seconds_left),
         usd=round(run.usd, 4),
@@ -216,6 +220,7 @@ def listed(row: RunRow, spec: RunSpec, loss: float | None) -> ListedRun:
         step=row.step,
         steps=spec.steps,
         loss=short(loss),
+        is_finite=loss is None or math.isfinite(loss),
         usd=round(row.usd, 4),
         created_at=time_of(row.created_at),
     )

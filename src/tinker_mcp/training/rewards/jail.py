@@ -29,7 +29,8 @@ from typing import Any, Literal
 
 from tinker_mcp.errors import InvalidInputError
 from tinker_mcp.training.rewards.contract import Row, Scored
-from tinker_mcp.training.rewards.inside import frames, launcher
+from tinker_mcp.training.rewards.inside import frames
+from tinker_mcp.training.rewards.inside.errors import EXIT_MEMORY, EXIT_THREADS
 
 _SOURCE = Path(__file__).parents[3]  # the folder that holds the package
 _START = (
@@ -37,8 +38,8 @@ _START = (
     "from tinker_mcp.training.rewards.inside.launcher import main; "
     "sys.path.remove(source); main(int(answers), int(lifeline))"
 )
-_SECRET_WORDS = ("secret", "credential", "token", "passw", "apikey", "api_key", "private")
-_SECRET_ENDINGS = (".pem", ".key", ".env", ".netrc", ".p12", ".pfx", ".sqlite3")
+_SECRET_WORDS = ("secret", "credential", "token", "passw", "apikey", "api_key", "private", "sqlite")
+_SECRET_ENDINGS = (".pem", ".key", ".env", ".netrc", ".p12", ".pfx")
 _MAX_NEIGHBOURS = 256
 _MAX_ANSWER_BYTES = 4096  # and as much again for each sample
 _MAX_SHOWN = 300
@@ -199,9 +200,7 @@ class Jail:
             self.close()
             self._asking.release()
 
-    def _ask(
-        self, cell: _Cell, samples: Sequence[Sample], found: list[list[Scored]]
-    ) -> str | None:
+    def _ask(self, cell: _Cell, samples: Sequence[Sample], found: list[list[Scored]]) -> str | None:
         """Add results to `found` until all are there, or say why the cell is of no more use."""
         first_id = self._next_id
         self._next_id += len(samples)
@@ -235,7 +234,10 @@ class Jail:
             raise CellLostError("its jail was closed")
         if self._cell is not None and not self._cell.is_closed:
             return self._cell
-        self._cell = cell = _Cell(self._program, self._limits)
+        try:
+            self._cell = cell = _Cell(self._program, self._limits)
+        except OSError as error:  # no more descriptors or processes, say
+            raise CellLostError(f"its jail cannot be started: {clean(error)}") from error
         try:
             self._load(cell)
         except BaseException:
@@ -270,6 +272,7 @@ class _Cell:
         self._outgoing = bytearray()
         self._incoming = bytearray()
         self._printed = 0
+        self._can_print = True
         self.served = 0  # samples; each may have left something behind
         self.is_closed = False
         answers, theirs = os.pipe()
@@ -296,8 +299,8 @@ class _Cell:
             os.close(theirs)
             os.close(lifeline)
         self._answers = answers
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        assert self._process.stdin is not None  # noqa: S101  # piped above
+        assert self._process.stdout is not None  # noqa: S101
         self._requests, self._output = self._process.stdin.fileno(), self._process.stdout.fileno()
         for descriptor in (self._requests, self._output, self._answers):
             os.set_blocking(descriptor, False)
@@ -389,12 +392,13 @@ class _Cell:
         """Wait for something to read or to write, and do it."""
         look = select.poll()
         look.register(self._answers, select.POLLIN)
-        look.register(self._output, select.POLLIN)
+        if self._can_print:
+            look.register(self._output, select.POLLIN)
         if self._outgoing:
             look.register(self._requests, select.POLLOUT)
         ready = dict(look.poll(timeout_s * 1000))
         if self._output in ready:
-            self._drain(look)
+            self._drain()
         if self._requests in ready:
             self._write()
         if self._answers in ready:
@@ -403,9 +407,10 @@ class _Cell:
                 raise CellLostError(self._end())
             self._incoming += part or b""
 
-    def _drain(self, look: select.poll) -> None:
+    def _drain(self) -> None:
         """Throw away what was printed."""
         part = _read(self._output)
+        self._can_print = part != b""
         self._printed += len(part or b"")
         if self._printed > self._limits.output_bytes:
             raise CellLostError(f"it printed more than {self._limits.output_bytes >> 10} KiB")
@@ -424,9 +429,9 @@ class _Cell:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_LIMIT_S)
         status = self._process.returncode
-        if status == launcher.EXIT_MEMORY:
+        if status == EXIT_MEMORY:
             return f"it took more than {self._limits.memory_bytes >> 20} MiB of memory"
-        if status == launcher.EXIT_THREADS:
+        if status == EXIT_THREADS:
             return f"it started more than {self._limits.threads} threads"
         if status is not None and status > 128:
             return f"its process ended by signal {status - 128}"

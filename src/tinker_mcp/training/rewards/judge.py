@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tinker_mcp.errors import RequestFailedError
+from tinker_mcp.training import sdk_errors
 from tinker_mcp.training.rewards.contract import Completion, Row, Scored
 from tinker_mcp.training.rewards.rows import prompt_of
 from tinker_mcp.training.rewards.specs import Judge
@@ -38,9 +40,7 @@ _AT_ONCE = 64
 class JudgeReward:
     """Grades between `low` and `high`, told as 0 to 1. The caller owns the sampling client."""
 
-    def __init__(
-        self, spec: Judge, client: tinker.SamplingClient, renderer: ModelRenderer
-    ) -> None:
+    def __init__(self, spec: Judge, client: tinker.SamplingClient, renderer: ModelRenderer) -> None:
         self._spec = spec
         self._client = client
         self._renderer = renderer
@@ -69,9 +69,11 @@ class JudgeReward:
             max_tokens=self._spec.max_tokens, temperature=0.0, stop=self._renderer.stop()
         )
         prompt = self._renderer.prompt([{"role": "user", "content": question}])
-        response = await self._client.sample_async(
-            prompt=prompt, num_samples=1, sampling_params=params
-        )
+        try:
+            with sdk_errors.told():
+                response = await self._client.sample(prompt, 1, params)
+        except RequestFailedError as error:  # too long a question, say: this sample's alone
+            return Scored.failed(f"the judge was not asked: {error.problem[:200]}")
         text, _ = self._renderer.answer(list(response.sequences[0].tokens))
         return grade(self._spec, text)
 

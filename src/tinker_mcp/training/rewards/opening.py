@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tinker_mcp.errors import InvalidInputError, NotFoundError
@@ -27,7 +27,7 @@ from tinker_mcp.training.rewards.specs import (
 )
 
 _MAX_SOURCE_BYTES = 2**20
-_GRADER_WALL_S = 10.0
+_GRADER_WALL_S = 5.0
 _MARGIN_S = 5.0  # for the keeper to answer after a worker took all its time
 
 

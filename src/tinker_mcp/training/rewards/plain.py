@@ -12,7 +12,9 @@ from tinker_mcp.training.rewards.specs import ExactMatch, Length, Number
 
 Rule: TypeAlias = Callable[[Completion, Row], Scored]
 
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,300})(?:\.\d{1,300})?(?:[eE][-+]?\d{1,3})?")
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,300})(?:\.\d{1,300})?(?:[eE][-+]?\d{1,3})?"
+)
 _MAX_CHARACTERS = 100_000  # an answer's last number stands at its end
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -103,9 +102,7 @@ async def trial(
     """
     began = time.monotonic()
     of_cases = await _scored(reward, [(case.completion, case.row) for case in cases])
-    real = [
-        (index, text) for index, row in enumerate(rows) for text in completions_of(row)
-    ]
+    real = [(index, text) for index, row in enumerate(rows) for text in completions_of(row)]
     of_real = await _scored(reward, [(text, rows[index]) for index, text in real])
     honest: defaultdict[int, list[float]] = defaultdict(list)
     if rows:
@@ -192,7 +189,7 @@ def _judged(
             best.get(index, least) > least + _SAME and value >= best[index] - _SAME
             for index, value in values.items()
         )
-        mean = statistics.fmean(values.values()) if values else None
+        mean = math.fsum(values.values()) / len(values) if values else None
         judged[name] = Game(mean, len(values), as_good)
     return judged
 
@@ -202,6 +199,7 @@ def _distribution(results: Sequence[Scored]) -> Distribution | None:
     if not values:
         return None
     low, high = min(values), max(values)
+    mean = math.fsum(values) / len(values)
     width = (high - low) / _BINS
     bins = Counter(
         min(_BINS - 1, int((value - low) / width)) if width > 0 else 0 for value in values
@@ -209,9 +207,9 @@ def _distribution(results: Sequence[Scored]) -> Distribution | None:
     return Distribution(
         values=len(values),
         minimum=low,
-        mean=math.fsum(values) / len(values),
+        mean=mean,
         maximum=high,
-        std=statistics.pstdev(values),
+        std=math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values)),
         histogram={f"{low + place * width:.3g}": bins[place] for place in sorted(bins)},
     )
 

@@ -28,6 +28,7 @@ def main(config: dict[str, Any], held: dict[str, bool], answers: int) -> None:
     requests = os.dup(0)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
+    os.close(null)
     if config["is_keeper"]:
         from tinker_mcp.training.rewards.inside import keeper
 
@@ -54,10 +55,7 @@ def enclose(config: dict[str, Any], held: dict[str, bool]) -> dict[str, bool]:
     return {
         "network": is_powerless and (held["namespaces"] or has_filter),
         "files": is_powerless
-        and (
-            version >= landlock.READS_COMPLETE_ABI
-            or (version > 0 and held["read_only_mounts"])
-        ),
+        and (version >= landlock.READS_COMPLETE_ABI or (version > 0 and held["read_only_mounts"])),
         "memory": memory,
         "processes": has_filter,
     }

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from tinker_mcp.training.rewards.inside.worker import UnusableError
+from tinker_mcp.training.rewards.inside.errors import UnusableError
 
 Grader: TypeAlias = Callable[[str, Mapping[str, Any]], float]
 
@@ -91,16 +91,18 @@ def _math(arguments: Mapping[str, Any]) -> Grader:
             "math-verify is not installed; run: pip install 'tinker-mcp[math]'"
         ) from error
 
+    # Its own limits would make a timeout a 0; the jail's makes it an error.
     @functools.lru_cache(maxsize=1024)
     def gold(text: str) -> Any:
-        parsed = parse(text) or parse(f"${text}$")
+        parsed = parse(text, parsing_timeout=None) or parse(f"${text}$", parsing_timeout=None)
         if not parsed:
             raise UnusableError(f"the expected answer {text[:60]!r} is no mathematics")
         return parsed
 
     def equal(completion: str, row: Mapping[str, Any]) -> float:
         wanted = gold(str(expected(row, arguments)))
-        return float(bool(verify(wanted, parse(completion))))
+        said = parse(completion, parsing_timeout=None)
+        return float(bool(verify(wanted, said, timeout_seconds=None)))
 
     return equal
 

@@ -22,8 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from tinker_mcp.training.rewards.inside import cell, frames, kernel, seccomp
+from tinker_mcp.training.rewards.inside.errors import UnusableError
 from tinker_mcp.training.rewards.inside.graders import expected
-from tinker_mcp.training.rewards.inside.worker import UnusableError, told
+from tinker_mcp.training.rewards.inside.worker import told
 
 Work: TypeAlias = Callable[[int, int], None]
 """What a worker does, with the descriptor it reads from and the one it writes to."""
@@ -86,9 +87,7 @@ class _Keeper:
     walls: Mapping[str, bool] = {}
     """In a worker: what isolates it."""
 
-    def passed(
-        self, code: str, tests: Any, row: Mapping[str, Any], timeout_s: float
-    ) -> list[bool]:
+    def passed(self, code: str, tests: Any, row: Mapping[str, Any], timeout_s: float) -> list[bool]:
         """Which tests the code passes; all fail when it does not even load.
 
         Raises:
@@ -116,7 +115,7 @@ class _Keeper:
             os.close(descriptor)
         cell.end_with_parent()
         _Keeper.walls = cell.enclose(self._config, self._held)
-        builtins.exit = builtins.quit = sys.exit  # as programs expect; `site` is not loaded
+        vars(builtins).update(exit=sys.exit, quit=sys.exit)  # as programs expect, without `site`
 
     def _asserts(
         self, code: str, tests: Sequence[str], row: Mapping[str, Any], deadline: float
@@ -179,7 +178,7 @@ class _Keeper:
         def work(reading: int, writing: int) -> None:
             os.dup2(given, 0)
             os.dup2(printed, 1)
-            sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: PTH123, SIM115
+            sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
             try:
                 _run(code)
                 frames.send(writing, "done")

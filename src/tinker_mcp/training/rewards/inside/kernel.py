@@ -127,9 +127,11 @@ def read_only_mounts() -> None:
 def _mount(
     source: bytes | None, target: bytes, kind: bytes | None, flags: int, data: bytes | None
 ) -> None:
+    machine()
     checked(libc().mount(source, target, kind, ctypes.c_ulong(flags), data), "mount")
 
 
 def _prctl(option: int, value: int) -> None:
+    machine()
     zero = ctypes.c_ulong(0)
     checked(libc().prctl(ctypes.c_int(option), ctypes.c_ulong(value), zero, zero, zero), "prctl")

@@ -13,9 +13,7 @@ import signal
 from typing import Any
 
 from tinker_mcp.training.rewards.inside import cell, frames, kernel
-
-EXIT_MEMORY, EXIT_THREADS = 252, 253
-"""Exit statuses that say which limit the watch has seen exceeded."""
+from tinker_mcp.training.rewards.inside.errors import EXIT_MEMORY, EXIT_THREADS
 
 _ALL = (
     kernel.CLONE_NEWNET
@@ -79,6 +77,7 @@ def _let_go_of_standard_streams() -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
+    os.close(null)
 
 
 def _watch(inner: int, lifeline: int, limits: dict[str, Any]) -> int:

@@ -128,9 +128,7 @@ def _start() -> list[Instruction]:
 def _denials(calls: dict[str, tuple[int | None, int | None]], code: int) -> list[Instruction]:
     numbers = [number for pair in calls.values() if (number := pair[kernel.machine()]) is not None]
     return [
-        line
-        for number in numbers
-        for line in ((_EQUAL, 0, 1, number), _returns(_ERRNO | code))
+        line for number in numbers for line in ((_EQUAL, 0, 1, number), _returns(_ERRNO | code))
     ]
 
 
@@ -191,7 +189,7 @@ class _Program(ctypes.Structure):
 
 
 def _install(program: list[Instruction]) -> None:
-    lines = (_Line * len(program))(*program)
+    lines = (_Line * len(program))(*(_Line(*line) for line in program))
     whole = _Program(len(program), lines)
     kernel.call(
         "seccomp",

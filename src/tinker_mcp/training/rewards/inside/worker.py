@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import linecache
+import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tinker_mcp.training.rewards.inside import frames
+from tinker_mcp.training.rewards.inside.errors import UnusableError
 
 if TYPE_CHECKING:
     import asyncio
@@ -21,10 +23,6 @@ Result: TypeAlias = "float | int | dict[str, str]"
 
 MAX_ERROR_CHARACTERS = 300
 _MAX_DIGITS = 300
-
-
-class UnusableError(Exception):
-    """The code cannot score at all; the sentence says why."""
 
 
 def serve(program: dict[str, Any], requests: int, answers: int) -> None:
@@ -52,9 +50,9 @@ def loaded(program: dict[str, Any]) -> tuple[Batch, bool]:
         UnusableError: It has no function to score with.
     """
     if program["kind"] == "grader":
-        from tinker_mcp.training.rewards.inside import graders
+        from tinker_mcp.training.rewards.inside.graders import grader
 
-        return _each(graders.grader(program["name"], program["arguments"])), False
+        return _each(grader(program["name"], program["arguments"])), False
     source, name = program["source"], program["name"]
     if program["folder"]:
         sys.path.append(program["folder"])
@@ -95,7 +93,7 @@ def result(value: Any) -> Result:
         is_small = abs(value) < 10**_MAX_DIGITS
         return int(value) if is_small else {"error": "it returned a number too large for a float"}
     number = float(value)
-    if number != number or number in (float("inf"), float("-inf")):
+    if not math.isfinite(number):
         return {"error": f"it returned {number}"}
     return number
 

@@ -1,0 +1,63 @@
+"""Runs of rl on the tiny model, whose tokens are bytes: small rewards that it can learn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from attempts import Run, backend_of, sentences, spec_of
+
+from servers import LocalServer
+
+from tinker_mcp.runs.prompts import Prompt
+from tinker_mcp.runs.rl_options import RlOptions
+from tinker_mcp.runs.transcripts import last, path_in
+from tinker_mcp.training.backend import Backend
+
+WORDS = ("red", "green", "blue", "black")
+SHORT = {"type": "length", "unit": "tokens", "max": 4}
+"""1 where the answer has at most four tokens: half of the tiny model's answers of eight do."""
+
+REWARD = "env/all/reward/total"
+
+
+def rl_backend_of(server: LocalServer) -> Backend:
+    """The server, with the tokenizers that it keeps."""
+    return replace(backend_of(server), hub_cache=Path(server.env["HF_HOME"]) / "hub")
+
+
+def asked(words: tuple[str, ...] = WORDS) -> list[Prompt]:
+    """Four prompts."""
+    return [
+        Prompt([{"role": "user", "content": f"Say {word}."}], {"word": word}) for word in words
+    ]
+
+
+def an_rl_run(home: Path, **changes: Any) -> Run:
+    """4 steps of 2 groups of 4 samples of 8 tokens; `changes` of either the run or its rl."""
+    options: dict[str, Any] = {
+        "group_size": 4,
+        "max_tokens": 8,
+        "temperature": 1.0,
+        "reward": SHORT,
+    }
+    for name in list(changes):
+        if name in RlOptions.model_fields:
+            options[name] = changes.pop(name)
+    if "environment" in options:
+        options["reward"] = None
+    train = [] if options.get("environment") else asked()
+    held_out = changes.pop("held_out", [])
+    settings = {"method": "rl", "rl": RlOptions(**options), "steps": 4}
+    spec = spec_of(sentences(), [], **{**settings, **changes})
+    return Run(home, spec, train, held_out)  # type: ignore[arg-type]
+
+
+def rewards(run: Run) -> list[float]:
+    """Mean reward by step."""
+    return list(run.series("train", REWARD).values())
+
+
+def transcripts(run: Run, count: int = 100) -> list[dict[str, Any]]:
+    return last(path_in(run.folder.path), count)
