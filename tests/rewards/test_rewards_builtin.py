@@ -194,6 +194,10 @@ def test_a_wrong_specification_says_what_is_wrong(spec: dict[str, Any], told: st
     assert "exact_match, number, regex" in caught.value.next_step
 
 
+def test_an_object_as_json_text_is_the_object() -> None:
+    assert spec_of('{"type": "length", "max": 3}') == spec_of({"type": "length", "max": 3})
+
+
 async def test_a_pattern_that_is_none_is_told_at_once() -> None:
     with pytest.raises(InvalidInputError, match="its pattern is no regular expression"):
         await score({"type": "regex", "pattern": "("}, "x")

@@ -17,7 +17,15 @@ from tinker_mcp.training.backend import Backend
 
 WORDS = ("red", "green", "blue", "black")
 SHORT = {"type": "length", "unit": "tokens", "max": 4}
-"""1 where the answer has at most four tokens: half of the tiny model's answers of eight do."""
+"""1 where the answer has at most four tokens, which the untrained model's never have."""
+
+SMALL = {"type": "regex", "pattern": "[a-z]"}
+"""1 where there is a small letter, as in half of the untrained model's answers."""
+
+NEAR = {"type": "length", "target": 6}
+"""The nearer to six characters, the more: no two answers of a group need be alike."""
+
+LETTERS = "def reward(completion, row):\n    return sum(c.islower() for c in completion) / 8\n"
 
 REWARD = "env/all/reward/total"
 
@@ -40,7 +48,7 @@ def an_rl_run(home: Path, **changes: Any) -> Run:
         "group_size": 4,
         "max_tokens": 8,
         "temperature": 1.0,
-        "reward": SHORT,
+        "reward": SMALL,
     }
     for name in list(changes):
         if name in RlOptions.model_fields:

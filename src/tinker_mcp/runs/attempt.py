@@ -12,7 +12,7 @@ import contextlib
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -95,14 +95,18 @@ class Attempt:
     # Clients
 
     @contextlib.asynccontextmanager
-    async def opened(self, loss: str) -> AsyncIterator[tinker.TrainingClient]:
+    async def opened(
+        self, loss: str, floor: float = -math.inf
+    ) -> AsyncIterator[tinker.TrainingClient]:
         """The client to train, at `first_step`; nothing is in flight when the block ends.
 
         Args:
             loss: The metric that is the run's loss.
+            floor: As LossWatch has it.
         """
         self._loss = loss
-        self._watch = LossWatch(row.numbers[loss] for row in self.journal.metrics("train"))
+        losses = (row.numbers[loss] for row in self.journal.metrics("train"))
+        self._watch = LossWatch(losses, floor)
         async with self._open(self.start) as client, self._in_flight:
             self._answered_at = time.monotonic()
             yield client
@@ -251,6 +255,10 @@ class Attempt:
 
         self._in_flight.put(*(r.coroutine() for r in requests), record=record, is_step=True)
 
+    def put(self, request: Coroutine[Any, Any, T], record: Callable[[T], None]) -> None:
+        """Take any other work; `record` gets its result once it is its turn."""
+        self._in_flight.put(request, record=record)
+
     def is_eval_due(self, step: int) -> bool:
         """Whether the held-out set is to be scored with the weights after `step`."""
         every = self.spec.eval_every
@@ -314,7 +322,7 @@ class Attempt:
         Raises:
             TinkerMcpError: A request failed, and the client is of no more use.
         """
-        with self._telling_divergence():
+        with self.telling_divergence():
             await self._in_flight.room()
 
     # The end
@@ -328,7 +336,7 @@ class Attempt:
         if is_wanted and step > self._saved_at:
             is_final = step == self.spec.steps
             self.put_checkpoint(client, step, ttl_s=None, is_final=is_final)
-        with self._telling_divergence():
+        with self.telling_divergence():
             await self._in_flight.drain()
         if self.outcome is None or self.outcome.reason != "divergence":
             self._keep_checkpoints()
@@ -347,7 +355,7 @@ class Attempt:
             self._keep_checkpoints()
 
     @contextlib.contextmanager
-    def _telling_divergence(self) -> Iterator[None]:
+    def telling_divergence(self) -> Iterator[None]:
         """A backend that refuses to compute with NaN says the same as a loss that is one."""
         try:
             yield

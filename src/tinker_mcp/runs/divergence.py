@@ -20,9 +20,13 @@ class LossWatch:
     above FACTOR times the lowest such mean so far and above the first loss. (The first losses
     count as means of one and of two, so that a run which explodes at once is seen to.) One loss
     above that limit is suspicious: it may be a hard batch, or the beginning of the end.
+
+    Args:
+        floor: Means below it count as so high, for a loss that may well come near 0 and leave.
     """
 
-    def __init__(self, losses: Iterable[float] = ()) -> None:
+    def __init__(self, losses: Iterable[float] = (), floor: float = -math.inf) -> None:
+        self._floor = floor
         self._first = self._lowest = math.inf
         self._last: deque[float] = deque(maxlen=WINDOW)
         for loss in losses:
@@ -31,7 +35,7 @@ class LossWatch:
     @property
     def limit(self) -> float:
         """What a loss may not be above for long."""
-        return max(FACTOR * self._lowest, self._first)
+        return max(FACTOR * max(self._lowest, self._floor), self._first)
 
     def look(self, loss: float) -> Verdict:
         """Take the next loss."""

@@ -102,9 +102,10 @@ class Journal:
             )
         log.info("checkpoint", step=step, state_path=state_path, is_final=is_final)
 
-    def spend(self, tokens: int) -> None:
-        """Count tokens that are about to be submitted."""
-        usd = tokens * (self.spec.usd_per_million or 0.0) / _TOKENS_A_PRICE
+    def spend(self, tokens: int, usd: float | None = None) -> None:
+        """Count tokens that are about to be submitted, at the price of training by default."""
+        if usd is None:
+            usd = tokens * (self.spec.usd_per_million or 0.0) / _TOKENS_A_PRICE
         self._store.spend(self._run_id, self._lease, tokens, usd)
         self.spent_usd += usd
 

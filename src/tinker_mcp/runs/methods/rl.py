@@ -52,6 +52,9 @@ LOSS = "optim/entropy"
 """What tells a run that has gone wrong: it rises without end, or is no number any more. A reward
 may rise and fall for good reasons, and policy-gradient losses mean nothing by themselves."""
 
+FLOOR = 1.0
+"""Nats a token: a policy that has become certain may become less so again."""
+
 REWARD = "env/all/reward/total"
 KL_ALARM = 0.01
 _LOOK_S = 0.5
@@ -82,7 +85,7 @@ async def train(attempt: Attempt) -> Outcome:
     transcripts.rewind(_transcripts(attempt), step)
 
     async with (
-        attempt.opened(LOSS) as client,
+        attempt.opened(LOSS, floor=FLOOR) as client,
         _opened(attempt) as source,
         _reference(attempt, client) as reference,
         background() as start,
@@ -372,7 +375,7 @@ class _Sampling:
             return {f"test/{name}": value for name, value in numbers.items()}
 
         self.attempt.put(
-            evaluated(), record=lambda found: self.attempt.journal.evaluation(step, found)
+            evaluated(), lambda found: self.attempt.journal.evaluation(step, found)
         )
 
     async def _batch(

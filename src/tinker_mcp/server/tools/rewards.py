@@ -31,6 +31,7 @@ from tinker_mcp.training.rewards.specs import Judge, RewardSpec, UserFile, spec_
 from tinker_mcp.training.rewards.trial import Trial
 from tinker_mcp.training.samplers import Sampler, Source
 
+_MAX_CASES = 200
 _CASES_SHOWN = 50
 _ERRORS_SHOWN = 5
 
@@ -79,7 +80,7 @@ async def test_reward(
             " regex, math, json_schema, length, unit_tests, judge."
         ),
     ],
-    cases: Annotated[list[RewardCase] | None, Field(max_length=200)] = None,
+    cases: list[RewardCase] | None = None,
     data: Annotated[
         str | None, Field(description="A file: its rows, and completions where it has some.")
     ] = None,
@@ -95,6 +96,11 @@ async def test_reward(
         raise InvalidInputError(
             "test_reward has nothing to score.",
             next_step='Give data=path, or cases=[{"completion": ..., "row": {}, "expected": 1}].',
+        )
+    if len(cases or []) > _MAX_CASES:
+        raise InvalidInputError(
+            f"{len(cases or [])} cases are more than {_MAX_CASES}.",
+            next_step="Write them to a file and give data=path.",
         )
     spec = spec_of(reward)
     read = await anyio.to_thread.run_sync(_rows, data, rows, settings)

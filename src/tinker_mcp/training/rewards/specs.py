@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -156,7 +158,7 @@ def spec_of(reward: str | dict[str, Any]) -> RewardSpec:
         InvalidInputError: It is none.
     """
     if isinstance(reward, str):
-        reward = {"type": "file", "path": reward}
+        reward = _decoded(reward)
     try:
         return _ADAPTER.validate_python(reward)
     except ValidationError as error:
@@ -166,6 +168,15 @@ def spec_of(reward: str | dict[str, Any]) -> RewardSpec:
             next_step='Give the path of a Python file, or {"type": ...} with one of '
             f"{', '.join(TYPES)} and its arguments.",
         ) from error
+
+
+def _decoded(reward: str) -> dict[str, Any]:
+    """An object that came as JSON text, as some hosts send them; any other text is a path."""
+    if reward.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            decoded: dict[str, Any] = json.loads(reward)
+            return decoded
+    return {"type": "file", "path": reward}
 
 
 def _told(item: Any) -> str:
