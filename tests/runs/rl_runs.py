@@ -9,9 +9,9 @@ from typing import Any
 from attempts import Run, backend_of, sentences, spec_of
 
 from servers import LocalServer
-
 from tinker_mcp.runs.prompts import Prompt
 from tinker_mcp.runs.rl_options import RlOptions
+from tinker_mcp.runs.spec import RunSpec
 from tinker_mcp.runs.transcripts import last, path_in
 from tinker_mcp.training.backend import Backend
 
@@ -37,12 +37,10 @@ def rl_backend_of(server: LocalServer) -> Backend:
 
 def asked(words: tuple[str, ...] = WORDS) -> list[Prompt]:
     """Four prompts."""
-    return [
-        Prompt([{"role": "user", "content": f"Say {word}."}], {"word": word}) for word in words
-    ]
+    return [Prompt([{"role": "user", "content": f"Say {word}."}], {"word": word}) for word in words]
 
 
-def an_rl_run(home: Path, **changes: Any) -> Run:
+def rl_spec(**changes: Any) -> RunSpec:
     """4 steps of 2 groups of 4 samples of 8 tokens; `changes` of either the run or its rl."""
     options: dict[str, Any] = {
         "group_size": 4,
@@ -55,11 +53,15 @@ def an_rl_run(home: Path, **changes: Any) -> Run:
             options[name] = changes.pop(name)
     if "environment" in options:
         options["reward"] = None
-    train = [] if options.get("environment") else asked()
-    held_out = changes.pop("held_out", [])
     settings = {"method": "rl", "rl": RlOptions(**options), "steps": 4}
-    spec = spec_of(sentences(), [], **{**settings, **changes})
-    return Run(home, spec, train, held_out)  # type: ignore[arg-type]
+    return spec_of(sentences(), [], **{**settings, **changes})
+
+
+def an_rl_run(home: Path, **changes: Any) -> Run:
+    """A run of `rl_spec` on four prompts, or on an environment."""
+    train = [] if changes.get("environment") else asked()
+    held_out = changes.pop("held_out", [])
+    return Run(home, rl_spec(**changes), train, held_out)  # type: ignore[arg-type]
 
 
 def rewards(run: Run) -> list[float]:
@@ -68,4 +70,8 @@ def rewards(run: Run) -> list[float]:
 
 
 def transcripts(run: Run, count: int = 100) -> list[dict[str, Any]]:
-    return last(path_in(run.folder.path), count)
+    return transcripts_in(run.folder.path, count)
+
+
+def transcripts_in(folder: Path, count: int = 100) -> list[dict[str, Any]]:
+    return last(path_in(folder), count)

@@ -10,7 +10,17 @@ from typing import Any
 
 import httpx
 import pytest
-from rl_runs import LETTERS, NEAR, REWARD, SHORT, an_rl_run, asked, rewards, rl_backend_of, transcripts
+from rl_runs import (
+    LETTERS,
+    NEAR,
+    REWARD,
+    SHORT,
+    an_rl_run,
+    asked,
+    rewards,
+    rl_backend_of,
+    transcripts,
+)
 
 from servers import LocalServer, start_server
 from tinker_mcp.errors import InvalidInputError

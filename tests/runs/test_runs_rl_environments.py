@@ -105,7 +105,9 @@ def test_a_module_that_merely_lies_on_the_path_is_not_taken(
         environments.check(an_environment("lying_around.env:Env"))
 
 
-@pytest.mark.parametrize(("kind", "extra"), [("verifiers", "verifiers"), ("reasoning_gym", "reasoning-gym")])
+@pytest.mark.parametrize(
+    ("kind", "extra"), [("verifiers", "verifiers"), ("reasoning_gym", "reasoning-gym")]
+)
 def test_an_environment_whose_package_is_missing_names_the_command(
     kind: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from tinker_mcp.cli import lines
 from tinker_mcp.runs.states import ACTIVE
 from tinker_mcp.runs.supervisor import Supervisor
 from tinker_mcp.runs.views import (
-    HELD_OUT_LOSS_OF,
+    HELD_OUT_OF,
     MAX_POINTS,
     RunSummary,
     Watcher,
@@ -124,7 +124,7 @@ def _table(summaries: Sequence[RunSummary]) -> RenderableType:
 def _one(store: RunStore, of: RunSummary, width: int) -> RenderableType:
     colour = _COLOURS.get(of.state, "bold")
     cells = min(_MAX_SPARK_CHARACTERS, max(8, width - 30))
-    held_out_loss = HELD_OUT_LOSS_OF[of.method]
+    held_out_loss = HELD_OUT_OF[of.loss_metric]
     curves = [
         _curve(store.metrics(of.run_id, "train"), of.loss_metric, cells),
         _curve(store.metrics(of.run_id, "eval"), held_out_loss, cells),

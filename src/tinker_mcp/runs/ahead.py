@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import tinker
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 _LOOK_S = 0.5
 
@@ -105,12 +106,12 @@ class Ahead(Generic[T]):
         return limit is None or self.attempt.journal.spent_usd + bill.usd <= limit
 
     def paid(
-        self, work: Coroutine[Any, Any, tuple[T, Bill]], bound: Bill
-    ) -> Coroutine[Any, Any, T]:
+        self, work: Coroutine[Any, Any, tuple[U, Bill]], bound: Bill
+    ) -> Coroutine[Any, Any, U]:
         """Work that is charged with `bound` now, and with what it cost once that is known."""
         self._charge(bound)
 
-        async def corrected() -> T:
+        async def corrected() -> U:
             try:
                 result, cost = await work
             except BaseException:

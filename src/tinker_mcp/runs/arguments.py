@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tinker_mcp.runs.distill_options import DistillArguments
+from tinker_mcp.runs.rl_options import RlArguments
 from tinker_mcp.runs.spec import LoggerName, LrSchedule, Method
 
 Acceptance = Literal["learning_rate", "renderer", "truncation", "no_held_out", "divergence"]
@@ -27,15 +29,18 @@ class RunArguments(BaseModel):
 
     Attributes:
         base_model, checkpoint: Exactly one; a checkpoint brings its model and rank.
-        data, eval_data: A path, or a handle of build_datums (`data-N`).
+        data, eval_data: A path, or a handle of build_datums (`data-N`); for rl a file of prompts,
+            or none where there is an environment.
         eval_share: Of `data`, kept aside for evaluation; 0 does without.
         steps, epochs: At most one; one epoch where none is given.
-        batch_size: Datums a step, 32 by default; for dpo pairs, 16.
+        batch_size: Datums a step, 32 by default; for dpo pairs, 16; for rl groups, 16.
         learning_rate: The highest one; `auto` asks `training.models`.
         rank: Of a new adapter, 32 by default.
         max_length: Tokens of a conversation; as many as the model takes by default.
         train_on_what: Of sft on conversations; all of the assistant's messages by default.
         beta: Of dpo, 0.1 by default.
+        rl: The options of rl.
+        distill: The options of distill and prompt_distill.
         save_every, eval_every: Steps; 0 saves at the end, evaluates at the start and the end only.
         ttl_s: How long checkpoints before the last are kept; 0 or None for ever.
         max_usd: What it may cost; needed where it can cost money.
@@ -48,7 +53,7 @@ class RunArguments(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: Method
-    data: str = Field(min_length=1, max_length=4096)
+    data: str | None = Field(None, min_length=1, max_length=4096)
     base_model: str | None = Field(None, min_length=1, max_length=300)
     checkpoint: str | None = Field(None, min_length=1, max_length=1000)
     eval_data: str | None = Field(None, min_length=1, max_length=4096)
@@ -63,6 +68,8 @@ class RunArguments(BaseModel):
     max_length: int | None = Field(None, ge=2)
     train_on_what: TrainOnWhat | None = None
     beta: float | None = Field(None, gt=0, le=100)
+    rl: RlArguments | None = None
+    distill: DistillArguments | None = None
     save_every: int | None = Field(None, ge=0)
     eval_every: int | None = Field(None, ge=0)
     ttl_s: int | None = WEEK_S

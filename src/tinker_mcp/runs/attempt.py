@@ -59,7 +59,8 @@ class Attempt:
     """What a method's `train` gets.
 
     Attributes:
-        train: Datums to train on; for dpo chosen, rejected, chosen, rejected ...
+        train: What the method's `load` gives: datums to train on, for dpo chosen, rejected,
+            chosen, rejected ...; or prompts.
         held_out: The same to evaluate on; may be empty.
         start: The newest checkpoint; None begins at step 0.
         outcome: Set as soon as it is known that the attempt must end before its last step.
@@ -67,8 +68,8 @@ class Attempt:
 
     run_id: str
     spec: RunSpec
-    train: Sequence[tinker.Datum]
-    held_out: Sequence[tinker.Datum]
+    train: Sequence[Any]
+    held_out: Sequence[Any]
     journal: Journal
     backend: Backend
     start: CheckpointRow | None = None

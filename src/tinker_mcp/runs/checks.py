@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tinker_mcp.errors import NotFoundError, RequestFailedError, TinkerMcpError
+from tinker_mcp.runs import distill_checks, rl_checks
 from tinker_mcp.runs.arguments import RunArguments
 from tinker_mcp.runs.estimate import Estimate
 from tinker_mcp.runs.findings import Findings
 from tinker_mcp.runs.sources import Rows, is_handle
-from tinker_mcp.runs.spec import RunSpec
+from tinker_mcp.runs.spec import DATUM_METHODS, RunSpec
 from tinker_mcp.settings import Settings
 from tinker_mcp.training import building, models, prices, rendering
 from tinker_mcp.training.backend import Backend
@@ -58,6 +59,13 @@ def agree(arguments: RunArguments, findings: Findings) -> None:
             f"eval_data and eval_share={arguments.eval_share:g} are both given",
             "Leave eval_share out to evaluate on eval_data.",
         )
+    if arguments.method == "rl":
+        rl_checks.agree(arguments, findings)
+    elif arguments.rl is not None:
+        findings.refuse("rl is for method=rl only", "Leave rl out.")
+    distill_checks.agree(arguments, findings)
+    if arguments.data is None and arguments.method in DATUM_METHODS:
+        findings.refuse("data is missing", "Give a file, or a handle of build_datums.")
     if arguments.beta is not None and arguments.method != "dpo":
         findings.refuse(f"beta={arguments.beta:g} is for dpo only", "Leave beta out.")
     what = arguments.train_on_what
@@ -82,6 +90,8 @@ def agree(arguments: RunArguments, findings: Findings) -> None:
 def _check_held_out(arguments: RunArguments, findings: Findings) -> None:
     if arguments.eval_data is not None or arguments.eval_share:
         return
+    if arguments.method not in DATUM_METHODS and not distill_checks.is_off_policy(arguments):
+        return  # what is learned from is sampled anew at each step
     without = "nothing tells whether the run learns or only memorizes"
     if arguments.eval_share == 0 or "no_held_out" in arguments.accept:
         findings.warn(f"No held-out data: {without}.")
@@ -246,9 +256,9 @@ def _content(unit: Sequence[tinker.Datum]) -> Hashable:
 def batch_size(arguments: RunArguments, units: int, findings: Findings) -> int:
     """Units a step; by default not more than there are."""
     if arguments.batch_size is None:
-        return min(16 if arguments.method == "dpo" else 32, units)
+        return min(32 if arguments.method == "sft" else 16, units)
     if arguments.batch_size > units:
-        what = "pairs" if arguments.method == "dpo" else "datums"
+        what = {"sft": "datums", "dpo": "pairs"}.get(arguments.method, "prompts")
         findings.refuse(
             f"batch_size={arguments.batch_size} is more than the {units} {what} to train on",
             f"Give batch_size={units} or less.",
@@ -258,11 +268,11 @@ def batch_size(arguments: RunArguments, units: int, findings: Findings) -> int:
 
 def learning_rate(arguments: RunArguments, model_name: str, findings: Findings) -> Advice:
     """The rate and its source; refused where it is ten times off the advice."""
-    advice = (
-        models.dpo_learning_rate()
-        if arguments.method == "dpo"
-        else models.learning_rate(model_name)
-    )
+    of_method = {"dpo": models.dpo_learning_rate, "rl": models.rl_learning_rate}
+    known = of_method.get(arguments.method)
+    if distill_checks.is_on_policy(arguments):
+        known = models.distill_learning_rate
+    advice = known() if known else models.learning_rate(model_name)
     if arguments.learning_rate == "auto":
         return advice
     given, advised = arguments.learning_rate, float(advice.value)
@@ -307,11 +317,12 @@ def budget(
     """Whether the run may cost what it will cost."""
     if spec.backend == "local" or estimate.usd_high == 0:
         return
+    others = "" if spec.method in DATUM_METHODS else ', "prefill": ..., "sample": ...'
     if estimate.usd_low is None or estimate.usd_high is None:
         findings.refuse(
             f"The price of {spec.base_model} is unknown, so no max_usd could be enforced",
             f'Put it into {prices.own_file(settings.home)}: {{"{spec.base_model}": {{"train": <USD '
-            "per million tokens>}}, 0 where it is free; then call again.",
+            f"per million tokens>{others}}}}}, 0 where it is free; then call again.",
         )
         return
     told = f"${estimate.usd_low:.4g} to ${estimate.usd_high:.4g}"

@@ -63,9 +63,7 @@ class Place:
         return {
             **dict.fromkeys(("batch_size", "groups_per_batch"), self.batch_size),
             **dict.fromkeys(("group_size", "train_group_size", "num_envs"), self.group_size),
-            **dict.fromkeys(
-                ("model_name_for_tokenizer", "model_name"), self.renderer.model_name
-            ),
+            **dict.fromkeys(("model_name_for_tokenizer", "model_name"), self.renderer.model_name),
             "renderer_name": self.renderer.name,
             "renderer": self.renderer.renderer,
             "tokenizer": self.renderer.tokenizer,
@@ -215,8 +213,7 @@ def _made(target: Any, spec: EnvironmentSpec, known: Mapping[str, Any]) -> Any:
         return target(**filled, **spec.args)
     except Exception as error:  # whatever foreign code raises
         raise InvalidInputError(
-            f"environment={spec.name!r} cannot be made: {type(error).__name__}: "
-            f"{str(error)[:300]}",
+            f"environment={spec.name!r} cannot be made: {type(error).__name__}: {str(error)[:300]}",
             next_step="Give what it needs in args: "
             '{"name": ..., "args": {...}}; sizes, renderer and model are filled in.',
         ) from error

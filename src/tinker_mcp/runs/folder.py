@@ -161,6 +161,27 @@ def _cookbook_config(spec: RunSpec) -> dict[str, Any]:
         "eval_every": spec.eval_every,
         "ttl_seconds": spec.ttl_s,
     }
+    if spec.rl is not None:  # as rl.train calls it; without epochs, by which sft is told
+        del config["num_epochs"]
+        return config | {
+            "groups_per_batch": spec.batch_size,
+            "loss_fn": spec.rl.loss_fn,
+            "loss_fn_config": spec.rl.loss_config,
+            "max_tokens": spec.rl.max_tokens,
+            "temperature": spec.rl.temperature,
+            "num_substeps": spec.rl.substeps,
+            "kl_penalty_coef": spec.rl.kl_coef,
+        }
+    if spec.distill is not None and spec.distill.mode == "on_policy":  # as train_on_policy has it
+        del config["num_epochs"]
+        return config | {
+            "groups_per_batch": spec.batch_size,
+            "group_size": spec.distill.group_size,
+            "max_tokens": spec.distill.max_tokens,
+            "temperature": spec.distill.temperature,
+            "kl_penalty_coef": spec.distill.kl_coef,
+            "kl_discount_factor": spec.distill.kl_discount,
+        }
     return config | {"dpo_beta": spec.beta} if spec.method == "dpo" else config
 
 

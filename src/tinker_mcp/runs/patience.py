@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
 
@@ -22,9 +22,6 @@ from tinker_mcp.runs.methods import Training
 from tinker_mcp.store.runs import LeaseLostError
 from tinker_mcp.training import sdk_errors
 from tinker_mcp.training.backend import Backend, BackendConnector
-
-if TYPE_CHECKING:
-    import tinker
 
 log = structlog.get_logger()
 
@@ -51,15 +48,15 @@ class Endeavour:
 
     Attributes:
         method: Whose `train` is the whole loop, from the last checkpoint to the end.
-        datums, held_out: To train on, and to evaluate on.
+        train, held_out: To train on, and to evaluate on.
     """
 
     run_id: str
     journal: Journal
     connector: BackendConnector
     method: Training
-    datums: Sequence[tinker.Datum]
-    held_out: Sequence[tinker.Datum]
+    train: Sequence[Any]
+    held_out: Sequence[Any]
     _failures: int = 0
     _losses: int = 0
     _pause_s: float = _FIRST_PAUSE_S
@@ -97,7 +94,7 @@ class Endeavour:
         self.journal.running()
         return Attempt(
             spec=self.journal.spec,
-            train=self.datums,
+            train=self.train,
             held_out=self.held_out,
             journal=self.journal,
             backend=backend,

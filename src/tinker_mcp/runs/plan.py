@@ -11,25 +11,23 @@ import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import anyio.to_thread
 
 from tinker_mcp.errors import TinkerMcpError
-from tinker_mcp.runs import checks, sets, sources
+from tinker_mcp.runs import checks, distill_checks, distill_plan, rl_plan, sets, sources
 from tinker_mcp.runs.arguments import RunArguments
 from tinker_mcp.runs.checks import Base
 from tinker_mcp.runs.estimate import Estimate, Speed, estimate, known_speed, measured_speed
 from tinker_mcp.runs.findings import Findings
+from tinker_mcp.runs.material import Material
 from tinker_mcp.runs.sets import Sets
 from tinker_mcp.runs.sources import Rows
-from tinker_mcp.runs.spec import DataFacts, RunSpec
+from tinker_mcp.runs.spec import DATUM_METHODS, DataFacts, RunSpec
 from tinker_mcp.training.backend import Backend
 from tinker_mcp.training.clients import Workspace
 from tinker_mcp.training.prices import Price
-
-if TYPE_CHECKING:
-    import tinker
 
 BETA = 0.1
 _EVALUATIONS = 5
@@ -42,13 +40,13 @@ class Planned:
 
     Attributes:
         spec: Complete but for the hashes of its data, which has no file yet.
-        train, held_out: Its datums, as `spec` describes them.
+        train, held_out: Its datums, or its prompts, as `spec` describes them.
         warnings: What the caller should know; nothing of it forbids the run.
     """
 
     spec: RunSpec
-    train: Sequence[tinker.Datum]
-    held_out: Sequence[tinker.Datum]
+    train: Sequence[Any]
+    held_out: Sequence[Any]
     warnings: Sequence[str]
     estimate: Estimate
 
@@ -86,9 +84,9 @@ async def forecast(workspace: Workspace, arguments: RunArguments) -> Planned | N
         findings = Findings(arguments.accept)
         settled = await _settled(workspace, arguments, findings)
         findings.raise_if_any()
-        if settled.backend.kind != "local":
-            return settled.planned
         planned = settled.planned
+        if settled.backend.kind != "local" or planned.spec.method not in DATUM_METHODS:
+            return planned
         speed = await measured_speed(
             settled.backend, planned.spec.base_model, planned.spec.rank, planned.train
         )
@@ -117,14 +115,22 @@ async def _settled(workspace: Workspace, arguments: RunArguments, findings: Find
         raise
     base = await checks.base(workspace, arguments, capabilities, findings)
     if base is None:
-        await anyio.to_thread.run_sync(sets.check, workspace, arguments, findings)
+        if arguments.method in DATUM_METHODS:
+            await anyio.to_thread.run_sync(sets.check, workspace, arguments, findings)
         raise findings.error()
+    if arguments.method == "rl":
+        return await _settled_rl(workspace, arguments, backend, base, findings)
+    if arguments.method in distill_checks.METHODS:
+        return await _settled_distill(workspace, arguments, backend, base, findings)
     both = await anyio.to_thread.run_sync(sets.build, workspace, arguments, backend, base, findings)
     price = checks.price(backend, base.model_name, workspace.connector.settings, findings)
     if both is None:
         await anyio.to_thread.run_sync(checks.learning_rate, arguments, base.model_name, findings)
         raise findings.error()
-    spec = await anyio.to_thread.run_sync(_spec, arguments, backend, base, both, price, findings)
+    material = await anyio.to_thread.run_sync(_of_sets, both)
+    spec = await anyio.to_thread.run_sync(
+        _spec, arguments, backend, base, material, price, findings
+    )
     planned = Planned(
         spec=spec,
         train=both.train.datums,
@@ -140,6 +146,65 @@ async def _settled(workspace: Workspace, arguments: RunArguments, findings: Find
     return _Settled(planned, backend, price)
 
 
+async def _settled_rl(
+    workspace: Workspace,
+    arguments: RunArguments,
+    backend: Backend,
+    base: Base,
+    findings: Findings,
+) -> _Settled:
+    """The same for rl: prompts with a reward, or an environment."""
+    settings = workspace.connector.settings
+    price = checks.price(backend, base.model_name, settings, findings)
+    found = await rl_plan.material(settings, arguments, backend, base, price, findings)
+    if found is None:
+        await anyio.to_thread.run_sync(checks.learning_rate, arguments, base.model_name, findings)
+        raise findings.error()
+    spec = await anyio.to_thread.run_sync(
+        _spec, arguments, backend, base, found.material, price, findings
+    )
+    spec = spec.model_copy(update={"rl": found.options})
+    planned = Planned(
+        spec, found.train, found.held_out, findings.warnings, rl_plan.estimate(spec, price)
+    )
+    return _Settled(planned, backend, price)
+
+
+async def _settled_distill(
+    workspace: Workspace,
+    arguments: RunArguments,
+    backend: Backend,
+    base: Base,
+    findings: Findings,
+) -> _Settled:
+    """The same for a distillation: prompts, and a teacher."""
+    settings = workspace.connector.settings
+    price = checks.price(backend, base.model_name, settings, findings)
+    found = await distill_plan.material(workspace, arguments, backend, base, findings)
+    if found is None:
+        await anyio.to_thread.run_sync(checks.learning_rate, arguments, base.model_name, findings)
+        raise findings.error()
+    spec = await anyio.to_thread.run_sync(
+        _spec, arguments, backend, base, found.material, price, findings
+    )
+    spec = spec.model_copy(update={"distill": found.options})
+    told = distill_plan.estimate(spec, found, price)
+    planned = Planned(spec, found.train, found.held_out, findings.warnings, told)
+    return _Settled(planned, backend, price)
+
+
+def _of_sets(both: Sets) -> Material:
+    """Datums as a run has them."""
+    return Material(
+        train=_facts(both.train),
+        held_out=_facts(both.held_out) if both.held_out else None,
+        units=len(both.train.units),
+        renderer=both.renderer,
+        max_length=both.max_length,
+        train_on_what=both.train.train_on_what,
+    )
+
+
 def _with_speed(planned: Planned, price: Price | None, speed: Speed) -> Planned:
     size = 2 if planned.spec.method == "dpo" else 1
     lengths = [datum.model_input.length for datum in planned.train]
@@ -152,30 +217,30 @@ def _spec(
     arguments: RunArguments,
     backend: Backend,
     base: Base,
-    both: Sets,
+    material: Material,
     price: Price | None,
     findings: Findings,
 ) -> RunSpec:
     """All that was left open, settled. Blocks."""
-    units = len(both.train.units)
+    units = material.units
     batch_size = checks.batch_size(arguments, units, findings)
     rate = checks.learning_rate(arguments, base.model_name, findings)
     steps = arguments.steps or _steps(arguments.epochs or 1.0, units, batch_size)
     eval_every = arguments.eval_every
     if eval_every is None:
-        eval_every = max(1, round(steps / _EVALUATIONS)) if both.held_out else 0
+        eval_every = max(1, round(steps / _EVALUATIONS)) if material.held_out else 0
     save_every = arguments.save_every
     return RunSpec(
         method=arguments.method,
-        name=arguments.name or _name(arguments.method, base.model_name, both.train.source),
+        name=arguments.name or _name(arguments.method, base.model_name, material.train.source),
         backend=backend.kind,
         base_model=base.model_name,
         checkpoint=arguments.checkpoint,
-        renderer=both.renderer,
-        train_on_what=both.train.train_on_what,
-        max_length=both.max_length,
-        train=_facts(both.train),
-        held_out=_facts(both.held_out) if both.held_out else None,
+        renderer=material.renderer,
+        train_on_what=material.train_on_what,
+        max_length=material.max_length,
+        train=material.train,
+        held_out=material.held_out,
         steps=steps,
         batch_size=batch_size,
         learning_rate=float(rate.value),

@@ -32,9 +32,7 @@ class Prompt:
     row: Mapping[str, Any]
 
 
-def read(
-    path: Path, name: str, columns: Mapping[str, str]
-) -> tuple[list[Prompt], list[Problem]]:
+def read(path: Path, name: str, columns: Mapping[str, str]) -> tuple[list[Prompt], list[Problem]]:
     """The prompts of a file, and the rows that hold none. Blocks.
 
     Raises:
@@ -130,6 +128,8 @@ def _problem(messages: list[Any]) -> str | None:
     if not messages:
         return "there is no message to answer"
     asked = [*messages, {"role": "assistant", "content": "x"}]
+    if not any(message.get("content") for message in messages if isinstance(message, Mapping)):
+        return "its messages are empty"
     found = checks.problem("", asked)
     if found is not None:
         return found.what

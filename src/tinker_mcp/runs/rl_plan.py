@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,60 +11,100 @@ from typing import Any
 import anyio.to_thread
 
 from tinker_mcp.errors import TinkerMcpError
+from tinker_mcp.runs import checks, prompt_sets
 from tinker_mcp.runs.arguments import RunArguments
+from tinker_mcp.runs.checks import Base
+from tinker_mcp.runs.estimate import Estimate, evaluations
 from tinker_mcp.runs.findings import Findings
+from tinker_mcp.runs.material import Material
 from tinker_mcp.runs.prompts import Prompt
-from tinker_mcp.runs.rl_options import CACHED_SHARE, RlArguments, RlOptions
+from tinker_mcp.runs.rl_options import CACHED_SHARE, EnvironmentSpec, RlArguments, RlOptions
+from tinker_mcp.runs.sets import LONGEST
+from tinker_mcp.runs.spec import DataFacts, RunSpec
 from tinker_mcp.settings import Settings
-from tinker_mcp.training import losses, roots
+from tinker_mcp.training import roots
+from tinker_mcp.training.backend import Backend
 from tinker_mcp.training.prices import Price
 from tinker_mcp.training.rewards import opening, specs
 from tinker_mcp.training.rewards.contract import Completion, Scored
 from tinker_mcp.training.rewards.rows import answer_of
 
 _TRIED_ROWS = 3
-_LOW_SHARE = 0.25
-"""Of max_tokens: what an answer is taken to have in the low estimate."""
+_GROUPS = 16  # a batch, where an environment does not say how many prompts it has
+_SAMPLES = "sampled_tokens"
+_LOW_SHARE = 0.25  # of max_tokens, in the low estimate
+_NOT_MEASURED = "not measured for rl; the first steps of the run tell"
 
 
-def agree(arguments: RunArguments, findings: Findings) -> None:
-    """What can be said of the arguments alone."""
+@dataclass(frozen=True)
+class RlMaterial:
+    """What an rl run is made of."""
+
+    material: Material
+    options: RlOptions
+    train: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+
+
+async def material(
+    settings: Settings,
+    arguments: RunArguments,
+    backend: Backend,
+    base: Base,
+    price: Price | None,
+    findings: Findings,
+) -> RlMaterial | None:
+    """Prompts and options; None where they cannot be used, which `findings` says."""
     asked = arguments.rl
     if asked is None:
-        findings.refuse(
-            "method=rl needs rl, its options",
-            'Give rl={"reward": ...} or rl={"environment": ...}; search_docs("rl") has all names.',
-        )
-        return
-    if (asked.reward is None) == (asked.environment is None):
-        findings.refuse(
-            "rl needs either reward or environment",
-            'Give rl={"reward": "<path of a Python file>"}, a built-in such as '
-            '{"reward": {"type": "number"}}, or {"environment": "package.module:Name"}.',
-        )
+        return None
     if asked.environment is not None:
-        _agree_on_environment(arguments, findings)
-    elif arguments.data is None:
-        findings.refuse("data is missing", "Give a file of prompts, or rl.environment.")
-    try:
-        losses.complete_config(asked.loss_fn, asked.loss_config)
-    except TinkerMcpError as error:
-        findings.refuse(
-            error.problem.rstrip(".").replace("loss_fn_config", "rl.loss_config"),
-            error.next_step.replace("loss_fn_config", "rl.loss_config"),
-        )
+        return await _of_environment(arguments, asked, backend, base, price, findings)
+    found = await anyio.to_thread.run_sync(
+        prompt_sets.build, settings, arguments, backend, base, asked.max_tokens, findings
+    )
+    prompts = found.train.prompts if found else ()
+    settled = await options(arguments, prompts, settings, price, findings)
+    if found is None or settled is None:
+        return None
+    held_out = found.held_out
+    made = Material(
+        train=found.train.facts,
+        held_out=held_out.facts if held_out else None,
+        units=len(prompts),
+        renderer=found.renderer.name,
+        max_length=found.max_length,
+        train_on_what=_SAMPLES,
+    )
+    return RlMaterial(made, settled, prompts, held_out.prompts if held_out else ())
 
 
-def _agree_on_environment(arguments: RunArguments, findings: Findings) -> None:
-    for name in ("data", "eval_data", "eval_share", "epochs"):
-        value = getattr(arguments, name)
-        if value is not None and value != 0:
-            findings.refuse(
-                f"{name}={value!r} does not go with rl.environment, which brings its own prompts",
-                f"Leave {name} out.",
-            )
-    if arguments.steps is None:
-        findings.refuse("steps is missing", "Give steps: an environment has no end of its own.")
+async def _of_environment(
+    arguments: RunArguments,
+    asked: RlArguments,
+    backend: Backend,
+    base: Base,
+    price: Price | None,
+    findings: Findings,
+) -> RlMaterial | None:
+    model = await anyio.to_thread.run_sync(
+        checks.renderer, backend, base.model_name, arguments.renderer, findings
+    )
+    if not await _has_environment(asked.environment_spec, findings) or model is None:
+        return None
+    limit = base.limit or LONGEST
+    spec = asked.environment_spec
+    made = Material(
+        train=DataFacts(
+            source=spec.name if spec else "", sha256="", datums=1, tokens=0, trained_tokens=0
+        ),
+        held_out=None,
+        units=arguments.batch_size or _GROUPS,
+        renderer=model.name,
+        max_length=min(arguments.max_length or limit, limit),
+        train_on_what=_SAMPLES,
+    )
+    return RlMaterial(made, _settled(asked, None, None, price), (), ())
 
 
 async def options(
@@ -74,16 +114,12 @@ async def options(
     price: Price | None,
     findings: Findings,
 ) -> RlOptions | None:
-    """The options, settled; the reward was tried. None where they cannot be used."""
+    """The options, settled; the reward was tried. None where it cannot be used."""
     asked = arguments.rl
-    if asked is None:
+    if asked is None or asked.reward is None:
         return None
-    if asked.environment is not None:
-        if not await _has_environment(asked, findings):
-            return None
-        return _settled(asked, None, None, price)
     try:
-        reward = specs.spec_of(asked.reward or "")
+        reward = specs.spec_of(asked.reward)
         dumped, sha256 = await anyio.to_thread.run_sync(_kept, reward, settings)
     except TinkerMcpError as error:
         findings.refuse_error(error)
@@ -93,11 +129,11 @@ async def options(
     return _settled(asked, dumped, sha256, price)
 
 
-async def _has_environment(asked: RlArguments, findings: Findings) -> bool:
+async def _has_environment(found: EnvironmentSpec | None, findings: Findings) -> bool:
     from tinker_mcp.runs import environments
 
-    found = asked.environment_spec
-    assert found is not None
+    if found is None:
+        return False
     try:
         await anyio.to_thread.run_sync(environments.check, found)
     except TinkerMcpError as error:
@@ -176,50 +212,53 @@ async def _try(
 # What it will take
 
 
+def estimate(spec: RunSpec, price: Price | None) -> Estimate:
+    """What a run takes: an answer has a quarter of max_tokens at the low end, all at the high."""
+    options = spec.rl
+    if options is None:
+        raise ValueError(f"{spec.method} has no rl options")
+    low, high = (_tokens(spec, options, share) for share in (_LOW_SHARE, 1.0))
+    told = {name: round(count) for name, count in vars(low).items()}
+    tokens = {**told, "total": sum(told.values())}
+    if spec.backend == "local":
+        return Estimate("local", tokens, 0.0, 0.0, None, None, _NOT_MEASURED)
+    if price is None or price.prefill is None or price.sample is None:
+        return Estimate("hosted", tokens, None, None, price)
+    again = 1 + min(spec.save_every or spec.steps, spec.steps) / spec.steps  # with one crash
+    dearer = price.train_at_most / price.train if price.train else 1.0
+    return Estimate(
+        "hosted",
+        tokens,
+        usd_low=low.usd(price),
+        usd_high=high.usd(price) * again * dearer,
+        price=price,
+    )
+
+
 @dataclass(frozen=True)
-class Tokens:
-    """Of a whole run, if each answer has `answer` tokens."""
+class _Tokens:
+    """Of a whole run."""
 
     prefill: float
     sample: float
     train: float
 
-    @property
-    def as_told(self) -> Mapping[str, int]:
-        """For an estimate."""
-        told = {"prefill": self.prefill, "sample": self.sample, "train": self.train}
-        rounded = {name: round(value) for name, value in told.items()}
-        return {**rounded, "total": sum(rounded.values())}
-
-    def usd(self, price: Price, train_price: float) -> float | None:
-        """What that costs; None where a price is unknown."""
-        if price.prefill is None or price.sample is None:
-            return None
-        paid = self.prefill * price.prefill + self.sample * price.sample
-        return (paid + self.train * train_price) / 1e6
+    def usd(self, price: Price) -> float:
+        """What they cost; all prices are known."""
+        paid = self.prefill * (price.prefill or 0.0) + self.sample * (price.sample or 0.0)
+        return (paid + self.train * price.train) / 1e6
 
 
-def tokens(
-    options: RlOptions,
-    steps: int,
-    batch_size: int,
-    prompt_tokens: float,
-    evaluations: int,
-    held_out: int,
-    *,
-    is_high: bool,
-) -> Tokens:
-    """What a run's steps and evaluations take, at a quarter of max_tokens or all of it.
-
-    Args:
-        prompt_tokens: The mean of a prompt.
-        held_out: Prompts of an evaluation.
-    """
-    answer = options.max_tokens * (1.0 if is_high else _LOW_SHARE)
-    samples = steps * batch_size * options.group_size
-    first = steps * batch_size + evaluations * held_out
-    prefill = prompt_tokens * (first + CACHED_SHARE * (samples - steps * batch_size))
-    train = samples * (prompt_tokens + answer)
+def _tokens(spec: RunSpec, options: RlOptions, share: float) -> _Tokens:
+    """Each answer takes a share of max_tokens; of an environment's prompts no more is known."""
+    answer = options.max_tokens * share
+    held_out = spec.held_out.datums if spec.held_out else 0
+    prompt = spec.train.tokens / spec.train.datums or options.max_tokens
+    groups = spec.steps * spec.batch_size
+    samples = groups * options.group_size
+    asked = (evaluations(spec.steps, spec.eval_every) if held_out else 0) * held_out
+    train = samples * (prompt + answer)
+    prefill = prompt * (groups + asked + CACHED_SHARE * (samples - groups))
     if options.kl_coef:
         prefill += train  # the penalty scores each sample under the start
-    return Tokens(prefill, (samples + evaluations * held_out) * answer, train)
+    return _Tokens(prefill, (samples + asked) * answer, train)

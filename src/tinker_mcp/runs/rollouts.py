@@ -350,7 +350,7 @@ async def background() -> AsyncIterator[Callable[[Any], asyncio.Task[Any]]]:
     tasks: list[asyncio.Task[Any]] = []
 
     def start(work: Any) -> asyncio.Task[Any]:
-        task = asyncio.ensure_future(work)
+        task: asyncio.Task[Any] = asyncio.ensure_future(work)
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         tasks[:] = [one for one in tasks if not one.done()]
         tasks.append(task)
@@ -392,7 +392,9 @@ def numbers_of(groups: Sequence[Rolled]) -> dict[str, float]:
     found = compute_trajectory_metrics(
         [group.trajectories for group in scored], [list(group.tags) for group in scored]
     )
-    turns = [t for group in scored for one in group.trajectories.trajectories_G for t in one.transitions]
+    turns = [
+        t for group in scored for one in group.trajectories.trajectories_G for t in one.transitions
+    ]
     cut = sum(turn.ac.stop_reason == "length" for turn in turns)
     if rewards:
         found["env/all/reward/std"] = statistics.pstdev(rewards)

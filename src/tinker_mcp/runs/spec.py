@@ -10,7 +10,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Method = Literal["sft", "dpo"]
+from tinker_mcp.runs.distill_options import DistillOptions
+from tinker_mcp.runs.rl_options import RlOptions
+
+Method = Literal["sft", "dpo", "rl", "distill", "prompt_distill"]
+DATUM_METHODS: tuple[Method, ...] = ("sft", "dpo")
+"""What is learned is in the data; elsewhere the data is only asked."""
+
 LrSchedule = Literal["constant", "linear", "cosine"]
 LoggerName = Literal["wandb", "trackio", "tensorboard"]
 
@@ -72,6 +78,8 @@ class RunSpec(_Frozen):
     rank: int = Field(ge=1)
     seed: int = Field(ge=0)
     beta: float | None = None
+    rl: RlOptions | None = None
+    distill: DistillOptions | None = None
     save_every: int = Field(ge=0)
     eval_every: int = Field(ge=0)
     ttl_s: int | None

@@ -239,14 +239,14 @@ def _is_gone(pid: int | None) -> bool:
 
 
 def _with_data(planned: Planned, folder: RunFolder) -> RunSpec:
-    """Write the datums to the folder; the spec with the hashes of the files."""
-    from tinker_mcp.runs import data  # and numpy
+    """Write the data to the folder; the spec with the hashes of the files."""
+    from tinker_mcp.runs import kept  # and numpy
 
     spec = planned.spec
-    sha256 = data.save(folder.train_data, planned.train)
+    sha256 = kept.save(folder, spec.method, "train", planned.train)
     changed = {"train": spec.train.model_copy(update={"sha256": sha256})}
     if spec.held_out is not None:
-        sha256 = data.save(folder.held_out_data, planned.held_out)
+        sha256 = kept.save(folder, spec.method, "held_out", planned.held_out)
         changed["held_out"] = spec.held_out.model_copy(update={"sha256": sha256})
     return spec.model_copy(update=changed)
 

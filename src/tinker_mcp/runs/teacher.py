@@ -117,11 +117,11 @@ class Answers:
         self._kept[answers[0].set_name, answers[0].prompt] = list(answers)
 
 
-async def ask_for_all(attempt: Attempt, options: DistillOptions) -> Answers | None:
-    """Have the teacher answer what it has not answered yet.
+async def ask_for_all(attempt: Attempt, options: DistillOptions) -> Answers | Outcome:
+    """All answers, after the teacher has given those that are missing; or how the run ends first.
 
-    Returns:
-        All answers; None where the run is to end before they are there.
+    Raises:
+        TinkerMcpError: The teacher cannot be asked. What it has answered is kept.
     """
     folder = attempt.journal.folder.path / "data"
     answers = await anyio.to_thread.run_sync(Answers, folder / FILE_NAME)
@@ -146,7 +146,7 @@ async def ask_for_all(attempt: Attempt, options: DistillOptions) -> Answers | No
         asked = _Asked(attempt, options, client, renderer, answers)
         coming = ((name, place, prompts[name][place]) for name, place in missing)
         await attempt.answer(together([lambda: asked.one_by_one(coming)] * _AT_ONCE))
-    return None if attempt.outcome else answers
+    return attempt.outcome or answers
 
 
 @dataclass(frozen=True)

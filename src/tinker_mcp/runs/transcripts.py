@@ -31,9 +31,7 @@ def chosen(
 ) -> list[dict[str, Any]]:
     """The best, the worst and those between, by reward, each as it reads."""
     samples = [
-        (reward, group, place)
-        for group in groups
-        for place, reward in enumerate(group.rewards)
+        (reward, group, place) for group in groups for place, reward in enumerate(group.rewards)
     ]
     samples.sort(key=lambda sample: sample[0], reverse=True)
     places = _spread(len(samples), count)

@@ -17,7 +17,7 @@ from tinker_mcp.store.rows import CheckpointRow, MetricRow, RunRow
 from tinker_mcp.store.runs import RunStore
 
 __all__ = [
-    "HELD_OUT_LOSS_OF",
+    "HELD_OUT_OF",
     "LOSS_OF",
     "MAX_POINTS",
     "Change",
@@ -29,6 +29,7 @@ __all__ = [
     "Until",
     "Watcher",
     "changes",
+    "loss_of",
     "metric_names",
     "moment",
     "redacted",
@@ -38,15 +39,31 @@ __all__ = [
     "tail",
 ]
 
-LOSS_OF: Mapping[Method, str] = {"sft": "train_mean_nll", "dpo": "dpo_loss"}
-HELD_OUT_LOSS_OF: Mapping[Method, str] = {"sft": "test/nll", "dpo": "test/dpo_loss"}
+LOSS_OF: Mapping[Method, str] = {
+    "sft": "train_mean_nll",
+    "dpo": "dpo_loss",
+    "rl": "env/all/reward/total",
+    "distill": "teacher_kl",
+    "prompt_distill": "train_mean_nll",
+}
+"""What a run is told by: its loss, or where it has none that means anything, its mean reward."""
+
+HELD_OUT_OF: Mapping[str, str] = {
+    "train_mean_nll": "test/nll",
+    **{loss: f"test/{loss}" for loss in ("dpo_loss", "env/all/reward/total", "teacher_kl")},
+}
+"""What is measured on the held-out set, by what the run is told by."""
+
+IS_REWARD: Mapping[Method, bool] = {"rl": True}
+"""Whether more of it is better."""
+
 
 _PACE_STEPS = 20  # so many last steps tell how fast it goes
 
 
 @dataclass(frozen=True)
 class Evaluations:
-    """The loss on the held-out set: at first, now, and where it was lowest."""
+    """The loss on the held-out set: at first, now, and where it was best."""
 
     metric: str
     first: Point
@@ -100,13 +117,20 @@ class RunSummary:
         return self.state in ACTIVE
 
 
+def loss_of(spec: RunSpec) -> str:
+    """The metric that a run is told by."""
+    if spec.distill is not None and spec.distill.mode == "off_policy":
+        return LOSS_OF["sft"]
+    return LOSS_OF[spec.method]
+
+
 def summary(store: RunStore, row: RunRow, now: float | None = None) -> RunSummary:
     """One run, from what is written; a row whose state was told already keeps it."""
     now = time.time() if now is None else now
     spec = RunSpec.model_validate_json(row.spec)
     state = told(cast("RunState", row.state), now - row.heartbeat_at)
     steps = store.metrics(row.run_id, "train", after=row.step - _PACE_STEPS)
-    loss_metric = LOSS_OF[spec.method]
+    loss_metric = loss_of(spec)
     pace = _pace(steps, row.started_at) if state in ACTIVE else None
     return RunSummary(
         run_id=row.run_id,
@@ -121,7 +145,7 @@ def summary(store: RunStore, row: RunRow, now: float | None = None) -> RunSummar
         steps=spec.steps,
         loss_metric=loss_metric,
         loss=_finite(steps[-1].numbers.get(loss_metric)) if steps else None,
-        eval=_evaluations(store.metrics(row.run_id, "eval"), HELD_OUT_LOSS_OF[spec.method]),
+        eval=_evaluations(store.metrics(row.run_id, "eval"), spec),
         tokens_per_s=pace.tokens_per_s if pace else None,
         seconds_left=max(0, spec.steps - row.step) * pace.step_s if pace else None,
         tokens=row.tokens,
@@ -152,11 +176,18 @@ def _pace(steps: Sequence[MetricRow], started_at: float | None) -> _Pace | None:
     return _Pace(seconds / (len(own) - 1), tokens / seconds if tokens else None)
 
 
-def _evaluations(rows: Sequence[MetricRow], metric: str) -> Evaluations | None:
+def _evaluations(rows: Sequence[MetricRow], spec: RunSpec) -> Evaluations | None:
+    metric = HELD_OUT_OF[loss_of(spec)]
     held_out = series(rows, metric)
     if held_out.first is None or held_out.last is None:
         return None
-    return Evaluations(metric, held_out.first, held_out.last, held_out.lowest)
+    best = _highest(held_out.points) if IS_REWARD.get(spec.method) else held_out.lowest
+    return Evaluations(metric, held_out.first, held_out.last, best)
+
+
+def _highest(points: Sequence[Point]) -> Point | None:
+    known = [point for point in points if point.value is not None]
+    return max(known, key=lambda point: point.value or 0.0, default=None)
 
 
 def _warnings(store: RunStore, run_id: str) -> tuple[str, ...]:

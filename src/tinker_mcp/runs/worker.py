@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import structlog
 
 from tinker_mcp.errors import NotFoundError
-from tinker_mcp.runs import data, methods
+from tinker_mcp.runs import methods
 from tinker_mcp.runs.attempt import Outcome
 from tinker_mcp.runs.heartbeat import Heartbeat
 from tinker_mcp.runs.journal import Journal
@@ -33,11 +29,6 @@ from tinker_mcp.runs.redaction import Redacted
 from tinker_mcp.settings import LogSettings, Settings
 from tinker_mcp.store.runs import LeaseLostError
 from tinker_mcp.training.backend import BackendConnector
-
-if TYPE_CHECKING:
-    import tinker
-
-    from tinker_mcp.runs.spec import DataFacts
 
 log = structlog.get_logger()
 
@@ -93,24 +84,9 @@ async def _endeavour(run_id: str, journal: Journal, connector: BackendConnector)
     log.info("worker", run_id=run_id, pid=os.getpid(), method=spec.method)
     if connector.settings.is_local != (spec.backend == "local"):
         raise RunFailedError(f"It was planned for the {spec.backend} backend; this is another one.")
-    train = await asyncio.to_thread(_datums, folder.train_data, spec.train)
-    held_out: Sequence[tinker.Datum] = ()
-    if spec.held_out:
-        held_out = await asyncio.to_thread(_datums, folder.held_out_data, spec.held_out)
     method = methods.method(spec.method)
+    train, held_out = await asyncio.to_thread(method.load, folder.path, spec)
     return await Endeavour(run_id, journal, connector, method, train, held_out).pursue()
-
-
-def _datums(path: Path, facts: DataFacts) -> Sequence[tinker.Datum]:
-    """The datums of a file, if it still is what the run was planned with."""
-    try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise RunFailedError(f"Its data {str(path)!r} cannot be read: {error.strerror}.") from error
-    if sha256 != facts.sha256:
-        raise RunFailedError(f"Its data {str(path)!r} was changed since the run was started.")
-    return data.load(path)
 
 
 def _end(journal: Journal, how: Outcome | RunFailedError) -> None:

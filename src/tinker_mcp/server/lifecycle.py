@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +110,7 @@ class _Lines:
         self._descriptor = descriptor
         self._loop = asyncio.get_running_loop()
         self._send, self._receive = anyio.create_memory_object_stream[str](0)
+        self._sending: asyncio.Task[None] | None = None
 
     def start(self, ending: Ending) -> None:
         threading.Thread(target=self._read, args=(ending,), daemon=True).start()
@@ -135,8 +136,23 @@ class _Lines:
         ending.ask()
 
     def _hand_over(self, line: bytes) -> None:
-        text = line.decode("utf-8", "replace")
-        asyncio.run_coroutine_threadsafe(self._send.send(text), self._loop).result()
+        taken: Future[None] = Future()
+        # Not run_coroutine_threadsafe: where the loop closes meanwhile, that leaves a coroutine
+        # behind that nobody awaits, and Python says so on stderr.
+        self._loop.call_soon_threadsafe(self._send_now, line.decode("utf-8", "replace"), taken)
+        taken.result()
+
+    def _send_now(self, text: str, taken: Future[None]) -> None:
+        def settle(sending: asyncio.Task[None]) -> None:
+            if sending.cancelled():
+                taken.cancel()
+            elif error := sending.exception():
+                taken.set_exception(error)
+            else:
+                taken.set_result(None)
+
+        self._sending = self._loop.create_task(self._send.send(text))  # kept: the loop does not
+        self._sending.add_done_callback(settle)
 
 
 def _force() -> None:

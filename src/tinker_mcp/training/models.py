@@ -16,8 +16,13 @@ SWEEP_SOURCE = (
     "1e-3 for 10 others; 72 of 80 runs at 3e-3 diverged"
 )
 
+RL_LEARNING_RATE = 4e-5
+RL_SOURCE = "tinker_cookbook.recipes.rl_basic; the cookbook's others have 1e-5 to 3e-5"
 DPO_LEARNING_RATE = 1e-5
 DPO_SOURCE = "the default of tinker_cookbook.preference.train_dpo"
+
+DISTILL_LEARNING_RATE = 1e-4
+DISTILL_SOURCE = "the default of tinker_cookbook.recipes.distillation.on_policy_distillation"
 
 RETIRED_ON = "2026-06-12"
 RETIREMENTS_SOURCE = "https://tinker-docs.thinkingmachines.ai/tinker/model-deprecations/"
@@ -78,6 +83,16 @@ def learning_rate(model_name: str) -> Advice:
 def dpo_learning_rate() -> Advice:
     """A learning rate to start DPO from, whatever the model."""
     return Advice(DPO_LEARNING_RATE, DPO_SOURCE)
+
+
+def rl_learning_rate() -> Advice:
+    """A learning rate to start reinforcement learning from, whatever the model."""
+    return Advice(RL_LEARNING_RATE, RL_SOURCE)
+
+
+def distill_learning_rate() -> Advice:
+    """A learning rate to start on-policy distillation from, whatever the model."""
+    return Advice(DISTILL_LEARNING_RATE, DISTILL_SOURCE)
 
 
 def absent(model_name: str, served: Sequence[str]) -> tuple[str, str]:

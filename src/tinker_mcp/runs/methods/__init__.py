@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import Protocol, cast
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 from tinker_mcp.runs.attempt import Attempt, Outcome
-from tinker_mcp.runs.spec import Method
+from tinker_mcp.runs.spec import Method, RunSpec
 
 
 class Training(Protocol):
@@ -14,6 +16,13 @@ class Training(Protocol):
 
     LOSS: str
     """The metric of a step that is the method's loss."""
+
+    def load(self, folder: Path, spec: RunSpec) -> tuple[Sequence[Any], Sequence[Any]]:
+        """What an Attempt's `train` and `held_out` are, from the run's folder. Blocks.
+
+        Raises:
+            InvalidInputError: A file is gone, or another one than the run was planned with.
+        """
 
     async def train(self, attempt: Attempt) -> Outcome:
         """From the attempt's first step to its end.

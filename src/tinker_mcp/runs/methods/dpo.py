@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING
 import anyio.to_thread
 
 from tinker_mcp.runs.attempt import Attempt, Outcome, positions
+from tinker_mcp.runs.kept import load_datums as load
 from tinker_mcp.training import dpo
 from tinker_mcp.training.dpo import PAIR, DpoLoss
 
 if TYPE_CHECKING:
     import tinker
+
+__all__ = ["LOSS", "load", "train"]
 
 LOSS = "dpo_loss"
 REFERENCES = "references.safetensors"

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import math
 import os
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ import anyio.to_thread
 
 from tinker_mcp.errors import InvalidInputError
 from tinker_mcp.runs import environments, prompts, transcripts
+from tinker_mcp.runs.ahead import Ahead, Bill
 from tinker_mcp.runs.attempt import Attempt, Outcome, positions
 from tinker_mcp.runs.prompts import Prompt
 from tinker_mcp.runs.rl_options import RlOptions
@@ -57,10 +58,7 @@ FLOOR = 1.0
 
 REWARD = "env/all/reward/total"
 KL_ALARM = 0.01
-_LOOK_S = 0.5
 _UNSCORED_LIMIT = 3  # steps in a row of which no sample has a reward
-
-Start = Callable[[Any], "asyncio.Task[Any]"]
 
 
 def load(folder: Path, spec: RunSpec) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
@@ -80,7 +78,7 @@ def load(folder: Path, spec: RunSpec) -> tuple[Sequence[Prompt], Sequence[Prompt
 async def train(attempt: Attempt) -> Outcome:
     """From the attempt's first step to its end."""
     spec, options = attempt.spec, options_of(attempt.spec)
-    adjusted = _Training(options)
+    training = _Training(options)
     step = attempt.first_step
     transcripts.rewind(_transcripts(attempt), step)
 
@@ -90,7 +88,8 @@ async def train(attempt: Attempt) -> Outcome:
         _reference(attempt, client) as reference,
         background() as start,
     ):
-        sampling = _Sampling(attempt, source, start)
+        batches = _Batches(attempt, source)
+        ahead = Ahead(attempt, start, batches.bound, batches.make)
 
         def new_sampler() -> asyncio.Task[tinker.SamplingClient]:
             # In flight: one place for all of a run's sampler weights, not one more each step.
@@ -98,33 +97,37 @@ async def train(attempt: Attempt) -> Outcome:
             return start(saved.coroutine())
 
         def evaluate(step: int) -> None:
-            if source.held_out():
-                sampling.put_evaluation(step, sampler)
+            bound = batches.evaluation_bound
+            if not ahead.affords(bound):
+                attempt.journal.warn(f"The evaluation at step {step} was left out: max_usd.")
+                return
+            attempt.put(
+                ahead.paid(batches.evaluated(sampler), bound),
+                partial(attempt.journal.evaluation, step),
+            )
 
         sampler = new_sampler()
-        sampling.go_on(step + 1 + options.max_off_policy_steps, sampler, step)
-        if step == 0:
+        ahead.go_on(step + 1 + options.max_off_policy_steps, sampler, step)
+        if step == 0 and source.held_out():
             evaluate(step)
         while step < spec.steps:
-            batch = await sampling.next()
-            if batch is None or attempt.must_end(step + 1, positions(batch.datums)):
+            batch = await ahead.next()
+            tokens = positions(batch.datums) if batch else 0
+            if attempt.must_end(step + 1, tokens) or batch is None:
                 break
+            batches.check(batch)
             if reference is not None and batch.datums:
-                await attempt.answer(adjusted.penalize(attempt, batch, reference))
+                await attempt.answer(training.penalize(attempt, batch, reference))
             step += 1
-            batch.tell(attempt, step)
-            transcripts.append(
-                _transcripts(attempt),
-                batch.in_words(options.transcripts, step, source.renderer),
-            )
-            requests = adjusted.submit(attempt, client, batch, step)
+            _tell(attempt, batch, step, source.renderer)
+            requests = training.submit(attempt, client, batch, step)
             is_eval_due = attempt.is_eval_due(step) and bool(source.held_out())
-            if batch.datums and (is_eval_due or sampling.needs_weights_of(step)):
+            if batch.datums and (is_eval_due or ahead.needs_weights):
                 sampler = new_sampler()
             attempt.put_step(
-                step, batch.datums, requests, partial(adjusted.numbers, attempt, batch, step)
+                step, batch.datums, requests, partial(training.numbers, attempt, batch, step)
             )
-            sampling.go_on(step + 1 + options.max_off_policy_steps, sampler, step)
+            ahead.go_on(step + 1 + options.max_off_policy_steps, sampler, step)
             if is_eval_due:
                 evaluate(step)
             if attempt.is_save_due(step):
@@ -135,7 +138,11 @@ async def train(attempt: Attempt) -> Outcome:
 
 def options_of(spec: RunSpec) -> RlOptions:
     """The options that an rl run has."""
-    assert spec.rl is not None
+    if spec.rl is None:
+        raise InvalidInputError(
+            f"The {spec.method} run {spec.name!r} has no rl options.",
+            next_step="Call start_run with rl.",
+        )
     return spec.rl
 
 
@@ -145,7 +152,8 @@ def options_of(spec: RunSpec) -> RlOptions:
 class Source(Protocol):
     """Groups of each step, and of an evaluation."""
 
-    renderer: ModelRenderer
+    @property
+    def renderer(self) -> ModelRenderer: ...
 
     def groups(self, step: int) -> Sequence[Any]:
         """EnvGroupBuilders of a step, counted from 1; the same whenever it is asked."""
@@ -164,11 +172,11 @@ class _Prompts:
 
     def groups(self, step: int) -> Sequence[PromptGroup]:
         size = options_of(self.attempt.spec).group_size
-        chosen: Sequence[Prompt] = self.attempt.batch(self.attempt.train, step)  # type: ignore[assignment]
+        chosen: Sequence[Prompt] = self.attempt.batch(self.attempt.train, step)
         return [PromptGroup(one, self.renderer, size, self.reward) for one in chosen]
 
     def held_out(self) -> Sequence[PromptGroup]:
-        chosen: Sequence[Prompt] = self.attempt.held_out  # type: ignore[assignment]
+        chosen: Sequence[Prompt] = self.attempt.held_out
         return [PromptGroup(one, self.renderer, 1, self.reward) for one in chosen]
 
 
@@ -205,13 +213,25 @@ async def _opened(attempt: Attempt) -> AsyncIterator[Source]:
         )
         yield _Environment(renderer, await environments.opened(options.environment, place))
         return
-    assert options.reward is not None
-    reward_spec = specs.spec_of(dict(options.reward))
+    reward_spec = specs.spec_of(dict(options.reward or {}))
+    _warn_if_changed(attempt, reward_spec)
     # Whether its path may be read was asked when the run was planned.
     settings = replace(Settings.from_environment(os.environ), roots=(Path("/"),))
     async with _judge(attempt, reward_spec) as judge:
         with opening.opened(reward_spec, settings, judge) as reward:
             yield _Prompts(attempt, renderer, reward)
+
+
+def _warn_if_changed(attempt: Attempt, spec: specs.RewardSpec) -> None:
+    known = options_of(attempt.spec).reward_sha256
+    if not isinstance(spec, specs.UserFile) or known is None:
+        return
+    try:
+        now = hashlib.sha256(Path(spec.path).read_bytes()).hexdigest()
+    except OSError:
+        return  # opening it says why
+    if now != known:
+        attempt.journal.warn(f"The reward {spec.path} was changed since the run was planned.")
 
 
 @contextlib.asynccontextmanager
@@ -223,9 +243,7 @@ async def _judge(attempt: Attempt, spec: specs.RewardSpec) -> AsyncIterator[Rewa
     if not isinstance(spec, specs.Judge):
         yield None
         return
-    service = await anyio.to_thread.run_sync(
-        sessions.open_service, attempt.backend, attempt.run_id
-    )
+    service = await anyio.to_thread.run_sync(sessions.open_service, attempt.backend, attempt.run_id)
     try:
         client = await attempt.answer(
             service.create_sampling_client(
@@ -287,126 +305,70 @@ class Batch:
         """Whether not one sample has a reward."""
         return bool(self.left_out) and not any(group.rewards for group in self.groups)
 
-    def tell(self, attempt: Attempt, step: int) -> None:
-        """Warn of samples that are left out."""
-        if self.left_out:
-            attempt.journal.note(
-                f"Step {step}: {len(self.left_out)} samples have no reward and are left out: "
-                f"{self.left_out[0][:300]}"
-            )
-
-    def in_words(
-        self, count: int, step: int, renderer: ModelRenderer
-    ) -> list[dict[str, Any]]:
-        """Some of its samples, and why the first without a reward has none."""
-        lines = transcripts.chosen(self.groups, count, step, renderer)
-        if count and self.left_out:
-            lines.append({"step": step, "error": self.left_out[0][:1000]})
-        return lines
-
 
 @dataclass
-class _Sampling:
-    """The batches that are being sampled, in the order of their steps."""
+class _Batches:
+    """Samples and scores batches.
+
+    Attributes:
+        unscored: Steps in a row of which no sample has a reward.
+    """
 
     attempt: Attempt
     source: Source
-    start: Start
-    _coming: deque[asyncio.Task[Batch]] = field(default_factory=deque)
-    _begun: int = field(init=False)  # the last step whose sampling has begun
-    _unscored: int = 0
-    _refused: str | None = None
+    unscored: int = 0
 
-    def __post_init__(self) -> None:
-        self._begun = self.attempt.first_step
+    def bound(self, step: int) -> Bill:
+        """What the samples of a step, counted from 1, cost at most."""
+        return _bound(self.source.groups(step), options_of(self.attempt.spec))
 
-    def needs_weights_of(self, step: int) -> bool:
-        """Whether a batch still is to be sampled with the weights after a step."""
-        return self._begun < self.attempt.spec.steps
+    @property
+    def evaluation_bound(self) -> Bill:
+        """The same of an evaluation."""
+        return _bound(self.source.held_out(), options_of(self.attempt.spec))
 
-    def go_on(
-        self, until: int, sampler: asyncio.Task[tinker.SamplingClient], weights_step: int
-    ) -> None:
-        """Begin with the batches up to a step, as far as the money goes."""
-        while self._begun < min(until, self.attempt.spec.steps) and self._refused is None:
-            groups = self.source.groups(self._begun + 1)
-            bound = _bound(groups, options_of(self.attempt.spec))
-            if not self._spend(self._begun + 1, bound):
-                return
-            self._begun += 1
-            work = self._batch(groups, sampler, self._begun, weights_step, bound)
-            self._coming.append(self.start(work))
-
-    async def next(self) -> Batch | None:
-        """The batch of the step to come; None where the run is to end before it is there."""
-        attempt = self.attempt
-        if not self._coming:
-            attempt.outcome = attempt.outcome or Outcome("stopped", "budget", self._refused or "")
-            return None
-        task = self._coming[0]
-
-        async def come_or_stopped() -> None:
-            while not task.done() and not attempt.journal.stop_asked:
-                await asyncio.wait({task}, timeout=_LOOK_S)
-                await attempt.room()  # the numbers of the step before
-
-        with attempt.telling_divergence():
-            await attempt.answer(come_or_stopped())
-            if task.done():
-                self._coming.popleft()
-                return self._scored(task.result())
-        attempt.must_end(self._begun, 0)
-        return None
-
-    def put_evaluation(self, step: int, sampler: asyncio.Task[tinker.SamplingClient]) -> None:
-        """Sample one answer to each held-out prompt; its rewards are recorded in their turn."""
-        groups = self.source.held_out()
-        options = options_of(self.attempt.spec)
-        bound = _bound(groups, options)
-        if not self._affords(bound.usd(options)):
-            self.attempt.journal.warn(f"The evaluation at step {step} was left out: max_usd.")
-            return
-        self._charge(bound)
-
-        async def evaluated() -> Mapping[str, float]:
-            batch = await self._rolled(groups, sampler, "eval")
-            self._correct(batch, bound)
-            numbers = numbers_of(batch)
-            return {f"test/{name}": value for name, value in numbers.items()}
-
-        self.attempt.put(
-            evaluated(), lambda found: self.attempt.journal.evaluation(step, found)
-        )
-
-    async def _batch(
-        self,
-        groups: Sequence[Any],
-        sampler: asyncio.Task[tinker.SamplingClient],
-        step: int,
-        weights_step: int,
-        bound: Usage,
-    ) -> Batch:
+    async def make(
+        self, step: int, client: tinker.SamplingClient, weights_step: int
+    ) -> tuple[Batch, Bill]:
+        """The batch of a step, and what its samples cost."""
         spec, options = self.attempt.spec, options_of(self.attempt.spec)
-        await asyncio.wait({sampler})
         began = time.monotonic()
-        rolled = await self._rolled(groups, sampler, step)
-        self._correct(rolled, bound)
+        groups = await self._rolled(self.source.groups(step), client, step)
         datums, too_long = await anyio.to_thread.run_sync(
-            datums_of, rolled, options.advantage, spec.max_length
+            datums_of, groups, options.advantage, spec.max_length
         )
-        usage = Usage()
-        for group in rolled:
-            usage.add(group.usage)
-        return Batch(rolled, weights_step, datums, too_long, usage, time.monotonic() - began)
+        usage = _usage(groups)
+        seconds = time.monotonic() - began
+        batch = Batch(groups, weights_step, datums, too_long, usage, seconds)
+        return batch, _bill(usage, options)
+
+    async def evaluated(
+        self, sampler: asyncio.Task[tinker.SamplingClient]
+    ) -> tuple[dict[str, float], Bill]:
+        """What one answer to each held-out prompt earns, and what they cost."""
+        client = await asyncio.shield(sampler)
+        groups = await self._rolled(self.source.held_out(), client, "eval")
+        numbers = {f"test/{name}": value for name, value in numbers_of(groups).items()}
+        return numbers, _bill(_usage(groups), options_of(self.attempt.spec))
+
+    def check(self, batch: Batch) -> None:
+        """Whether samples get rewards at all.
+
+        Raises:
+            InvalidInputError: For too long they have not: training on would be for nothing.
+        """
+        self.unscored = self.unscored + 1 if batch.is_unscored else 0
+        if self.unscored >= _UNSCORED_LIMIT:
+            raise InvalidInputError(
+                f"In {self.unscored} steps in a row no sample has a reward: "
+                f"{batch.left_out[0][:400]}",
+                next_step="Mend the reward (test_reward tries it), then call resume_run.",
+            )
 
     async def _rolled(
-        self,
-        groups: Sequence[Any],
-        sampler: asyncio.Task[tinker.SamplingClient],
-        step: int | str,
+        self, groups: Sequence[Any], client: tinker.SamplingClient, step: int | str
     ) -> list[Rolled]:
         spec, options = self.attempt.spec, options_of(self.attempt.spec)
-        client = await asyncio.shield(sampler)
 
         def policy(place: int) -> Policy:
             return Policy(
@@ -421,56 +383,25 @@ class _Sampling:
             [partial(roll, group, policy(place)) for place, group in enumerate(groups)]
         )
 
-    def _scored(self, batch: Batch) -> Batch:
-        """The batch, unless for too long nothing could be scored at all.
 
-        Raises:
-            InvalidInputError: So it is, and training on would be for nothing.
-        """
-        self._unscored = self._unscored + 1 if batch.is_unscored else 0
-        if self._unscored >= _UNSCORED_LIMIT:
-            raise InvalidInputError(
-                f"In {self._unscored} steps in a row no sample has a reward: "
-                f"{batch.left_out[0][:400]}",
-                next_step="Mend the reward (test_reward tries it), then call resume_run.",
-            )
-        return batch
-
-    def _spend(self, step: int, bound: Usage) -> bool:
-        usd = bound.usd(options_of(self.attempt.spec))
-        if not self._affords(usd):
-            spec, spent = self.attempt.spec, self.attempt.journal.spent_usd
-            self._refused = (
-                f"Sampling for step {step} could cost ${usd:.4f}, and of max_usd "
-                f"${spec.max_usd:.2f} ${spent:.4f} are spent."
-            )
-            return False
-        self._charge(bound)
-        return True
-
-    def _affords(self, usd: float) -> bool:
-        limit = self.attempt.spec.max_usd
-        return limit is None or self.attempt.journal.spent_usd + usd <= limit
-
-    def _charge(self, usage: Usage) -> None:
-        usd = usage.usd(options_of(self.attempt.spec))
-        self.attempt.journal.spend(round(usage.prefill) + usage.sampled, usd)
-
-    def _correct(self, rolled: Sequence[Rolled], bound: Usage) -> None:
-        """Take back what was counted before and not used."""
-        rest = Usage(-bound.prefill, -bound.sampled)
-        for group in rolled:
-            rest.add(group.usage)
-        self._charge(rest)
-
-
-def _bound(groups: Sequence[Any], options: RlOptions) -> Usage:
-    """At most so much for a batch; of an environment, whose turns are its own, for one turn."""
+def _bound(groups: Sequence[Any], options: RlOptions) -> Bill:
+    """At most so much for groups; of an environment, whose turns are its own, for one turn."""
     own = [group for group in groups if isinstance(group, PromptGroup)]
     others = len(groups) - len(own)
     samples = sum(group.group_size for group in own) + others * options.group_size
     prefill = sum(group.model_input.length * group.group_size for group in own)
-    return Usage(prefill=prefill, sampled=samples * options.max_tokens)
+    return _bill(Usage(prefill=prefill, sampled=samples * options.max_tokens), options)
+
+
+def _usage(groups: Sequence[Rolled]) -> Usage:
+    whole = Usage()
+    for group in groups:
+        whole.add(group.usage)
+    return whole
+
+
+def _bill(usage: Usage, options: RlOptions) -> Bill:
+    return Bill(round(usage.prefill) + usage.sampled, usage.usd(options))
 
 
 # The step itself
@@ -573,7 +504,8 @@ class _Scorer:
         self._client = client
 
     async def compute_logprobs_async(self, prompt: tinker.ModelInput) -> list[float | None]:
-        return await self._client.compute_logprobs(prompt)
+        found: list[float | None] = await self._client.compute_logprobs(prompt)
+        return found
 
 
 @dataclass
@@ -601,6 +533,23 @@ class _Joined:
     def metrics(self) -> dict[str, float] | None:
         """Of the last optim_step."""
         return self.answers[-1].metrics if self.answers else None
+
+
+def _tell(attempt: Attempt, batch: Batch, step: int, renderer: ModelRenderer) -> None:
+    """Keep some samples of a batch in words, and note why others have no reward."""
+    count = options_of(attempt.spec).transcripts
+    lines = transcripts.chosen(batch.groups, count, step, renderer)
+    if batch.left_out:
+        why = batch.left_out[0]
+        lines.append({"step": step, "error": why[:1000]})
+        attempt.journal.note(
+            f"Step {step}: {len(batch.left_out)} samples have no reward and are left out: "
+            f"{why[:300]}"
+        )
+    try:
+        transcripts.append(_transcripts(attempt), lines)
+    except OSError as error:  # a full disk ends no run
+        attempt.journal.warn(f"Transcripts cannot be written: {error.strerror or error}.")
 
 
 def _transcripts(attempt: Attempt) -> Path:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tinker_mcp.runs.attempt import Attempt, Outcome, positions
+from tinker_mcp.runs.kept import load_datums as load
 from tinker_mcp.training.objectives import BackendLoss
 
 if TYPE_CHECKING:
     import tinker
+
+__all__ = ["LOSS", "load", "train"]
 
 LOSS = "train_mean_nll"
 

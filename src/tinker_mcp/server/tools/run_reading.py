@@ -78,10 +78,10 @@ def _listed(store: RunStore, row: RunRow) -> ListedRun:
 
 
 def _last_loss(store: RunStore, row: RunRow, spec: RunSpec) -> float | None:
-    from tinker_mcp.runs.views import LOSS_OF
+    from tinker_mcp.runs.views import loss_of
 
     last = store.metrics(row.run_id, "train", after=row.step - 1)
-    return last[-1].numbers.get(LOSS_OF[spec.method]) if last else None
+    return last[-1].numbers.get(loss_of(spec)) if last else None
 
 
 def details(
@@ -90,6 +90,7 @@ def details(
     metrics: Sequence[str] = (),
     points: int = 20,
     log_lines: int = 0,
+    transcripts: int = 0,
 ) -> RunDetails:
     """All there is to show of a run.
 
@@ -98,12 +99,14 @@ def details(
         InvalidInputError: It has no such metric.
     """
     from tinker_mcp.runs.folder import RunFolder
-    from tinker_mcp.runs.views import HELD_OUT_LOSS_OF, metric_names, series, sparkline, tail
+    from tinker_mcp.runs.transcripts import last as last_transcripts
+    from tinker_mcp.runs.transcripts import path_in
+    from tinker_mcp.runs.views import HELD_OUT_OF, metric_names, series, sparkline, tail
 
     run = summary(settings, run_id)
     with _store(settings) as store:
         train, held_out = store.metrics(run_id, "train"), store.metrics(run_id, "eval")
-    eval_metric = HELD_OUT_LOSS_OF[run.method]
+    eval_metric = HELD_OUT_OF[run.loss_metric]
     names = dict.fromkeys(metric_names(train), train)
     names = dict.fromkeys(metric_names(held_out), held_out) | names
     wanted = metrics or [name for name in (run.loss_metric, eval_metric) if name in names]
@@ -143,6 +146,7 @@ def details(
         metric_names=sorted(names),
         series=[metric_series(series(names[name], name, points)) for name in wanted],
         log=[line[:_LINE_CHARACTERS] for line in tail(folder.log, log_lines, _secrets(settings))],
+        transcripts=last_transcripts(path_in(folder.path), transcripts),
         folder=str(folder.path),
         next_step=next_step(run),
     )
@@ -190,12 +194,12 @@ def _check_metrics(run_id: str, wanted: Sequence[str], known: Sequence[str]) -> 
 def plotted(settings: Settings, run_id: str) -> bytes:
     """The loss curves of a run as a PNG."""
     from tinker_mcp.runs.plot import curves_png
-    from tinker_mcp.runs.views import HELD_OUT_LOSS_OF
+    from tinker_mcp.runs.views import HELD_OUT_OF
 
     run = summary(settings, run_id)
     curves = {}
     with _store(settings) as store:
-        for kind, metric in (("train", run.loss_metric), ("eval", HELD_OUT_LOSS_OF[run.method])):
+        for kind, metric in (("train", run.loss_metric), ("eval", HELD_OUT_OF[run.loss_metric])):
             rows = store.metrics(run_id, "train" if kind == "train" else "eval")
             curves[metric] = [(r.step, r.numbers[metric]) for r in rows if metric in r.numbers]
     title = f"{run.name} ({run_id}), {run.method} of {run.base_model}: {run.state}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import BaseModel, Field
 
@@ -117,6 +117,7 @@ class RunDetails(BaseModel):
     metric_names: list[str]
     series: list[MetricSeries]
     log: list[str]
+    transcripts: list[dict[str, Any]] = []
     folder: str
     next_step: str
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import anyio
 from anyio.to_thread import run_sync
@@ -54,14 +54,16 @@ RunId = Annotated[str, Field(min_length=1, max_length=128)]
 async def start_run(
     ctx: ToolContext,
     method: Method,
-    data: Annotated[str, Field(description="A path, or data-N.")],
+    data: Annotated[str | None, Field(description="A path, or data-N; rl: prompts.")] = None,
     base_model: str | None = None,
     checkpoint: Annotated[str | None, Field(description="Or start from it.")] = None,
     eval_data: str | None = None,
     eval_share: Annotated[Number | None, Field(description="Or a share of data.")] = None,
     steps: Whole | None = None,
     epochs: Annotated[Number | None, Field(description="Default 1.")] = None,
-    batch_size: Annotated[Whole | None, Field(description="Default 32; dpo 16 pairs.")] = None,
+    batch_size: Annotated[
+        Whole | None, Field(description="Default 32; dpo 16 pairs, rl 16 groups.")
+    ] = None,
     learning_rate: Number | Auto = "auto",
     lr_schedule: LrSchedule = "linear",
     rank: Whole | None = None,
@@ -69,6 +71,14 @@ async def start_run(
     max_length: Whole | None = None,
     train_on_what: Annotated[str | None, Field(description="As in build_datums.")] = None,
     beta: Annotated[Number | None, Field(description="Of dpo.")] = None,
+    rl: Annotated[
+        dict[str, Any] | None,
+        Field(description="Of rl: reward or environment, group_size, max_tokens, ...: docs, runs."),
+    ] = None,
+    distill: Annotated[
+        dict[str, Any] | None,
+        Field(description="Of distill, prompt_distill: teacher, mode, system_prompt: docs, runs."),
+    ] = None,
     save_every: Whole | None = None,
     eval_every: Whole | None = None,
     ttl_s: Annotated[Whole, Field(description="0: checkpoints stay.")] = WEEK_S,
@@ -82,7 +92,7 @@ async def start_run(
         tuple[str, ...], Field(description="Checks to let pass, as their errors name them.")
     ] = (),
 ) -> StartedRun:
-    """Start an SFT or DPO run that goes on without this call, server or host. Spends up to max_usd.
+    """Start an SFT, DPO or RL run that goes on without this call, server or host. Spends up to max_usd.
 
     Checks everything that is free first; estimate_cost tells the price. A repeated
     idempotency_key starts nothing. Next: wait_for_run.
@@ -129,10 +139,13 @@ async def get_run(
     points: Annotated[Whole, Field(ge=0, le=200, description="Of each series.")] = 20,
     plot: Annotated[bool, Field(description="Also the loss curve as an image.")] = False,
     log_lines: Annotated[Whole, Field(ge=0, le=100)] = 0,
+    transcripts: Annotated[Whole, Field(ge=0, le=20, description="Newest samples of rl.")] = 0,
 ) -> Annotated[CallToolResult, RunDetails]:
     """Show a run: state, losses, speed, cost, time left, checkpoints, warnings, series. Free."""
     settings = workspace_of(ctx).connector.settings
-    found = await run_sync(run_reading.details, settings, run_id, metrics, points, log_lines)
+    found = await run_sync(
+        run_reading.details, settings, run_id, metrics, points, log_lines, transcripts
+    )
     content: list[ContentBlock] = [TextContent(type="text", text=found.model_dump_json(indent=2))]
     if plot:
         png = await run_sync(run_reading.plotted, settings, run_id)

@@ -1,0 +1,62 @@
+"""Distillations on the tiny model, whose tokens are bytes, and teachers for them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from attempts import Run, backend_of, sentences, spec_of
+
+from servers import LocalServer
+from tinker_mcp.runs.distill_options import DistillOptions
+from tinker_mcp.runs.prompts import Prompt
+from tinker_mcp.training.backend import Backend
+from tiny_data import TINY
+
+WORDS = ("red", "green", "blue", "black")
+HELD_OUT_WORDS = ("teal", "lime")
+
+
+def distill_backend_of(server: LocalServer) -> Backend:
+    """The server, with the tokenizers that it keeps."""
+    return replace(backend_of(server), hub_cache=Path(server.env["HF_HOME"]) / "hub")
+
+
+def asked(words: tuple[str, ...] = WORDS) -> list[Prompt]:
+    """A prompt a word."""
+    return [Prompt([{"role": "user", "content": f"Say {word}."}], {}) for word in words]
+
+
+def a_distillation(home: Path, **changes: Any) -> Run:
+    """4 steps on four prompts; `changes` of either the run or its options."""
+    options: dict[str, Any] = {
+        "mode": "on_policy",
+        "teacher_base_model": TINY,
+        "teacher_renderer": "qwen3_instruct",
+        "group_size": 2,
+        "max_tokens": 8,
+        "temperature": 1.0,
+    }
+    for name in list(changes):
+        if name in DistillOptions.model_fields:
+            options[name] = changes.pop(name)
+    train = changes.pop("train", asked())
+    held_out = changes.pop("held_out", [])
+    settings = {"method": "distill", "distill": DistillOptions(**options), "steps": 4}
+    return Run(home, spec_of(sentences(), **{**settings, **changes}), train, held_out)
+
+
+async def a_teacher(backend: Backend, home: Path, steps: int = 12) -> str:
+    """Sampler weights of the tiny model after some steps of sft."""
+    run = Run(home, spec_of(sentences(), steps=steps, learning_rate=2e-2), sentences())
+    await run.attempt(backend)
+    return run.checkpoints()[-1].sampler_path
+
+
+def notes(run: Run) -> list[str]:
+    """What the run remarked."""
+    from tinker_mcp.store.runs import RunStore
+
+    with RunStore(run.home) as store:
+        return [event.what for event in store.events(run.run_id) if event.kind == "note"]
