@@ -1,6 +1,6 @@
 """What every script here shares: which backend and model, what it costs, how a script ends.
 
-Nothing of training. Whoever copies a script copies this file with it; both need tinker-mcp installed.
+No training loop: those are in the scripts. Whoever copies a script copies this file with it; both need tinker-mcp installed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from tinker_mcp.errors import InvalidInputError, TinkerMcpError
 from tinker_mcp.settings import Settings
 from tinker_mcp.training import datasets, models, prices, rendering, sdk_errors, sessions
 from tinker_mcp.training.backend import Backend, BackendConnector
+from tinker_mcp.training.formats import Pair
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the local backend
 CONVERSATIONS = Path(str(resources.files("tinker_cookbook"))) / "example_data/conversations.jsonl"
+_PREAMBLE = "Certainly! As an AI language model, I am happy to help you with that. "
 _FREE = prices.Price(0.0, "the local backend", "", prefill=0.0, sample=0.0)
 _START_LIMIT_S = 900.0  # the first start of the local backend downloads a model
 _HIGHEST_RATE = 1e-2  # 72 of 80 runs at 3e-3 diverged (Tinker's sweep of 27 models)
@@ -128,6 +130,47 @@ def checked(args: argparse.Namespace, *counts: str, rate: float | None = None) -
             f"--learning-rate {rate} is not between 0 and {_HIGHEST_RATE}.",
             next_step="Try 3e-4 (SFT), 1e-5 (DPO) or 2e-5 (RL).",
         )
+
+
+def preferences(path: Path | None) -> list[Pair]:
+    """The pairs of a file; without one, the cookbook's conversations, their replies as they are
+    preferred to the same with a preamble.
+
+    Raises:
+        TinkerMcpError: As `examples` does.
+    """
+    if path is not None:
+        return examples(path, "preference")
+    pairs = []
+    for one in examples(CONVERSATIONS):
+        *before, reply = one.messages
+        wordy = {**reply, "content": _PREAMBLE + str(reply["content"])}
+        pairs.append(Pair(one.place, [*before, reply], [*before, wordy]))
+    return pairs
+
+
+def answer_datum(
+    prompt: tinker.ModelInput, sequence: tinker.SampledSequence, advantages: Sequence[float]
+) -> tinker.Datum:
+    """A sampled answer for `importance_sampling` or `ppo`.
+
+    Args:
+        prompt: P tokens.
+        sequence: The answer's N tokens, each with the log-probability it was sampled with.
+        advantages: One for each of the N.
+
+    Returns:
+        A datum of P+N-1 positions; those of the prompt carry advantage 0.
+    """
+    before, answer = prompt.length - 1, list(sequence.tokens)
+    return tinker.Datum(
+        model_input=prompt.append(tinker.EncodedTextChunk(tokens=answer[:-1])),
+        loss_fn_inputs={
+            "target_tokens": [0] * before + answer,
+            "logprobs": [0.0] * before + list(sequence.logprobs or ()),
+            "advantages": [0.0] * before + list(advantages),
+        },
+    )
 
 
 def tokens(datums: Sequence[tinker.Datum]) -> int:

@@ -13,17 +13,14 @@ from typing import Any
 
 import tinker
 import torch
-from _backend import CONVERSATIONS, checked, examples, main, open_model, parser, tell, tokens
+from _backend import checked, main, open_model, parser, preferences, tell, tokens
 from tinker_cookbook.preference.train_dpo import compute_dpo_loss
 from tinker_cookbook.renderers import TrainOnWhat
 from tinker_cookbook.supervised.data import conversation_to_datum
 
 from tinker_mcp.training import models
 from tinker_mcp.training.datasets import split
-from tinker_mcp.training.formats import Pair
 from tinker_mcp.training.loop import batch_of
-
-PREAMBLE = "Certainly! As an AI language model, I am happy to help you with that. "
 
 
 def parsed() -> argparse.Namespace:
@@ -41,15 +38,6 @@ def parsed() -> argparse.Namespace:
     return options.parse_args()
 
 
-def built_in() -> list[Pair]:
-    pairs = []
-    for one in examples(CONVERSATIONS):
-        *before, reply = one.messages
-        wordy = {**reply, "content": PREAMBLE + str(reply["content"])}
-        pairs.append(Pair(one.place, [*before, reply], [*before, wordy]))
-    return pairs
-
-
 def weighted(datum: tinker.Datum, logprobs: torch.Tensor) -> torch.Tensor:
     """Sum of weight * log-probability over the (N,) positions: that of the reply, a scalar."""
     return (logprobs * datum.loss_fn_inputs["weights"].to_torch()).sum()
@@ -58,7 +46,7 @@ def weighted(datum: tinker.Datum, logprobs: torch.Tensor) -> torch.Tensor:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     rate = args.learning_rate or float(models.dpo_learning_rate().value)
     checked(args, "steps", "batch_size", "rank", rate=rate)
-    pairs = examples(args.data, "preference") if args.data else built_in()
+    pairs = preferences(args.data)
     opened = open_model(args.base_model)
 
     def datum(messages: Any) -> tinker.Datum:

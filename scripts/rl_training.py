@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 import tinker
-from _backend import checked, main, open_model, parser, tell
+from _backend import answer_datum, checked, main, open_model, parser, tell
 
-SYSTEM = "Answer with the number only."
+SHOT = [{"role": "user", "content": "2 + 1 ="}, {"role": "assistant", "content": "3"}]
 
 
 def parsed() -> argparse.Namespace:
     options = parser(__doc__)
-    options.add_argument("--steps", type=int, default=10)
-    options.add_argument("--groups", type=int, default=8, help="problems a step")
+    options.add_argument("--steps", type=int, default=15)
+    options.add_argument("--groups", type=int, default=4, help="problems a step")
     options.add_argument("--group-size", type=int, default=8, help="answers to each problem")
-    options.add_argument("--largest", type=int, default=20, help="number in a problem")
-    options.add_argument("--max-tokens", type=int, default=12)
+    options.add_argument("--largest", type=int, default=9, help="number in a problem")
+    options.add_argument("--max-tokens", type=int, default=8)
     options.add_argument("--learning-rate", type=float, default=1e-4)
     options.add_argument("--loss", choices=("importance_sampling", "ppo"), default="ppo")
     options.add_argument("--held-out", type=int, default=32, help="problems, for accuracy")
@@ -37,27 +37,12 @@ def parsed() -> argparse.Namespace:
 
 def problems(count: int, largest: int, draw: random.Random) -> list[tuple[str, int]]:
     pairs = [(draw.randint(1, largest), draw.randint(1, largest)) for _ in range(count)]
-    return [(f"What is {a} + {b}?", a + b) for a, b in pairs]
+    return [(f"{a} + {b} =", a + b) for a, b in pairs]
 
 
 def reward(text: str, answer: int) -> float:
     digits = sum(character.isdigit() for character in text) / max(len(text), 1)
     return float(re.findall(r"\d+", text)[-1:] == [str(answer)]) + 0.1 * digits
-
-
-def datum(
-    prompt: tinker.ModelInput, sequence: tinker.SampledSequence, advantage: float
-) -> tinker.Datum:
-    """One float a target position (N): the prompt's positions carry advantage 0."""
-    before, answer = prompt.length - 1, list(sequence.tokens)
-    return tinker.Datum(
-        model_input=prompt.append(tinker.EncodedTextChunk(tokens=answer[:-1])),
-        loss_fn_inputs={
-            "target_tokens": [0] * before + answer,
-            "logprobs": [0.0] * before + list(sequence.logprobs or ()),
-            "advantages": [0.0] * before + [advantage] * len(answer),
-        },
-    )
 
 
 def drift(data: list[tinker.Datum], output: tinker.ForwardBackwardOutput) -> float:
@@ -78,12 +63,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model, draw = opened.model, random.Random(args.seed)
 
     def prompt_of(question: str) -> tinker.ModelInput:
-        system = {"role": "system", "content": SYSTEM}
-        return model.prompt([system, {"role": "user", "content": question}])
+        return model.prompt([*SHOT, {"role": "user", "content": question}])
 
     held_out = problems(args.held_out, args.largest, draw)
     answers = args.steps * args.groups * args.group_size
-    length = prompt_of(f"What is {args.largest} + {args.largest}?").length
+    length = prompt_of(f"{args.largest} + {args.largest} =").length
     prefill = (args.steps * args.groups + 2 * args.held_out) * length
     sampled = (answers + 2 * args.held_out) * args.max_tokens  # at most
     trained = answers * (length + args.max_tokens)
@@ -129,7 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 continue
             prompt = prompt_of(question)
             data += [
-                datum(prompt, s, float(advantage))
+                answer_datum(prompt, s, [advantage] * len(s.tokens))  # one a token
                 for s, advantage in zip(sequences_G, advantages_G, strict=True)
             ]
         numbers = {"reward": float(np.mean(all_rewards)), "constant_groups": constant}

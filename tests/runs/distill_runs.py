@@ -10,7 +10,11 @@ from attempts import Run, backend_of, sentences, spec_of
 
 from servers import LocalServer
 from tinker_mcp.runs.distill_options import DistillOptions
+from tinker_mcp.runs.estimate import Estimate
+from tinker_mcp.runs.plan import Planned
 from tinker_mcp.runs.prompts import Prompt
+from tinker_mcp.runs.spec import RunSpec
+from tinker_mcp.store.runs import RunStore
 from tinker_mcp.training.backend import Backend
 from tiny_data import TINY
 
@@ -28,7 +32,7 @@ def asked(words: tuple[str, ...] = WORDS) -> list[Prompt]:
     return [Prompt([{"role": "user", "content": f"Say {word}."}], {}) for word in words]
 
 
-def a_distillation(home: Path, **changes: Any) -> Run:
+def spec_and_prompts(**changes: Any) -> tuple[RunSpec, list[Prompt], list[Prompt]]:
     """4 steps on four prompts; `changes` of either the run or its options."""
     options: dict[str, Any] = {
         "mode": "on_policy",
@@ -41,10 +45,20 @@ def a_distillation(home: Path, **changes: Any) -> Run:
     for name in list(changes):
         if name in DistillOptions.model_fields:
             options[name] = changes.pop(name)
-    train = changes.pop("train", asked())
-    held_out = changes.pop("held_out", [])
+    train, held_out = changes.pop("train", asked()), changes.pop("held_out", [])
     settings = {"method": "distill", "distill": DistillOptions(**options), "steps": 4}
-    return Run(home, spec_of(sentences(), **{**settings, **changes}), train, held_out)
+    return spec_of(sentences(), **{**settings, **changes}), train, held_out
+
+
+def a_distillation(home: Path, **changes: Any) -> Run:
+    """A run of that, to be attempted in this process."""
+    return Run(home, *spec_and_prompts(**changes))
+
+
+def a_planned_distillation(**changes: Any) -> Planned:
+    """The same for a worker."""
+    spec, train, held_out = spec_and_prompts(**changes)
+    return Planned(spec, train, held_out, (), Estimate("local", {}, 0.0, 0.0))
 
 
 async def a_teacher(backend: Backend, home: Path, steps: int = 12) -> str:
@@ -56,7 +70,5 @@ async def a_teacher(backend: Backend, home: Path, steps: int = 12) -> str:
 
 def notes(run: Run) -> list[str]:
     """What the run remarked."""
-    from tinker_mcp.store.runs import RunStore
-
     with RunStore(run.home) as store:
         return [event.what for event in store.events(run.run_id) if event.kind == "note"]

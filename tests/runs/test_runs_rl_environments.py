@@ -80,7 +80,7 @@ def test_an_unknown_reasoning_gym_task_names_those_that_sound_like_it() -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("/tmp/mine.py:Env", "is none"),
+        ("/home/mine.py:Env", "is none"),
         ("mine.py", "is none"),
         ("../mine:Env", "is none"),
         ("no_such_package.env:Env", "no installed module"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from detached import completed, ended, kill, metric_lines, reached
+from detached import completed, ended, kill, metric_lines, reached, until
 from rl_runs import REWARD, SMALL, asked, rl_spec, transcripts_in
 
 from tinker_mcp.runs.estimate import Estimate
@@ -50,6 +50,7 @@ def test_a_run_killed_between_two_checkpoints_goes_on_from_the_first(
     row = paced.start(planned(steps=12, save_every=3, max_tokens=4, reward=SMALL))
     reached(paced, row.run_id, 5)
     kill(paced, row.run_id)
+    until(lambda: paced.run(row.run_id).state == "crashed")
     paced.resume(row.run_id)
     completed(paced, row.run_id, paced_home)
     steps = [step for step, _ in metric_lines(paced_home, row.run_id, REWARD)]
@@ -93,7 +94,14 @@ def test_a_game_of_two_agents_runs_two_steps(
         name=TWENTY_QUESTIONS, args={"answerer_base_model": "tinker-local/tiny"}
     )
     run_id = supervisor.start(
-        planned(steps=2, environment=environment, max_off_policy_steps=k)
+        planned(
+            steps=2,
+            environment=environment,
+            max_off_policy_steps=k,
+            batch_size=1,
+            group_size=2,
+            max_tokens=4,
+        )
     ).run_id
     completed(supervisor, run_id, runs_home)
     turns = metric_lines(runs_home, run_id, "env/all/turns_per_episode")

@@ -114,7 +114,7 @@ class Ahead(Generic[T]):
         async def corrected() -> U:
             try:
                 result, cost = await work
-            except BaseException:
+            except Exception:  # what is cancelled is computed, and billed, all the same
                 self._charge(Bill(0, 0.0) - bound)
                 raise
             self._charge(cost - bound)

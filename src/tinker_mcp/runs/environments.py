@@ -258,10 +258,21 @@ class _Factory:
 
 
 def _make_at_home(place: Place) -> None:
-    """Have the cookbook's helpers find this run's tokenizer and backend, as a program would."""
+    """Have the cookbook's helpers find this run's tokenizer, renderer and backend.
+
+    For this process alone, which is a worker's. The cookbook has a registry of tokenizers, but
+    none for what it knows of models, such as the renderer of one that is served locally.
+    """
+    from tinker_cookbook import model_info
     from tinker_cookbook.tokenizer_utils import register_tokenizer
 
-    register_tokenizer(place.renderer.model_name, lambda: place.renderer.tokenizer)
+    own, known = place.renderer, model_info.get_recommended_renderer_names
+
+    def recommended(model_name: str) -> list[str]:
+        return [own.name] if model_name == own.model_name else known(model_name)
+
+    model_info.get_recommended_renderer_names = recommended
+    register_tokenizer(own.model_name, lambda: own.tokenizer)
     os.environ.setdefault("TINKER_BASE_URL", place.backend.base_url)
     if place.backend.api_key:
         os.environ.setdefault("TINKER_API_KEY", place.backend.api_key)

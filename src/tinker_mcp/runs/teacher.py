@@ -170,7 +170,7 @@ class _Asked:
             charge(self.attempt, bound, self.options)
             try:
                 used = await self._one(group, set_name, place)
-            except BaseException:
+            except Exception:  # what is cancelled is computed, and billed, all the same
                 charge(self.attempt, Usage(-bound.prefill, -bound.sampled), self.options)
                 raise
             rest = Usage(used.prefill - bound.prefill, used.sampled - bound.sampled)

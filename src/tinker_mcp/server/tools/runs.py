@@ -54,7 +54,7 @@ RunId = Annotated[str, Field(min_length=1, max_length=128)]
 async def start_run(
     ctx: ToolContext,
     method: Method,
-    data: Annotated[str | None, Field(description="A path, or data-N; rl: prompts.")] = None,
+    data: Annotated[str | None, Field(description="A path, or data-N.")] = None,
     base_model: str | None = None,
     checkpoint: Annotated[str | None, Field(description="Or start from it.")] = None,
     eval_data: str | None = None,
@@ -73,7 +73,7 @@ async def start_run(
     beta: Annotated[Number | None, Field(description="Of dpo.")] = None,
     rl: Annotated[
         dict[str, Any] | None,
-        Field(description="Of rl: reward or environment, group_size, max_tokens, ...: docs, runs."),
+        Field(description="Of rl: reward or environment, ...; search_docs has all."),
     ] = None,
     distill: Annotated[
         dict[str, Any] | None,
@@ -92,7 +92,7 @@ async def start_run(
         tuple[str, ...], Field(description="Checks to let pass, as their errors name them.")
     ] = (),
 ) -> StartedRun:
-    """Start an SFT, DPO or RL run that goes on without this call, server or host. Spends up to max_usd.
+    """Start a training run that goes on without this call, server or host. Spends up to max_usd.
 
     Checks everything that is free first; estimate_cost tells the price. A repeated
     idempotency_key starts nothing. Next: wait_for_run.
