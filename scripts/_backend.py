@@ -1,6 +1,7 @@
 """What every script here shares: which backend and model, what it costs, how a script ends.
 
-No training loop: those are in the scripts. Whoever copies a script copies this file with it; both need tinker-mcp installed.
+No training loop: those are in the scripts. Whoever copies a script copies this file with it; both
+need tinker-mcp installed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import tinker
+
 from tinker_mcp.errors import InvalidInputError, TinkerMcpError
 from tinker_mcp.settings import Settings
 from tinker_mcp.training import datasets, models, prices, rendering, sdk_errors, sessions

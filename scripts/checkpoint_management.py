@@ -1,7 +1,8 @@
 """Save, list, resume, keep, publish and delete checkpoints.
 
-`demo` shows why there are two ways to go on: it trains, saves, and takes one step more from the state
-with its optimizer, and one from its weights alone. A resume that forgets Adam's moments is silent.
+`demo` shows why there are two ways to go on: it trains, saves, and takes one step more from the
+state with its optimizer, and one from its weights alone. A resume that forgets Adam's moments is
+silent.
 """
 
 from __future__ import annotations

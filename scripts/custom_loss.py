@@ -1,7 +1,8 @@
 """Train on a loss of your own, written in torch: here the focal loss, -(1 - p)^gamma log p.
 
 The SDK asks for log-probabilities, differentiates your function on this machine, and sends the
-gradient: a step costs a forward pass more. With --gamma 0 it is cross_entropy, which is checked first.
+gradient: a step costs a forward pass more. With --gamma 0 it is cross_entropy, which is checked
+first.
 """
 
 from __future__ import annotations

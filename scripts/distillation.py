@@ -1,7 +1,8 @@
 """On-policy distillation: the student answers, the teacher scores each token, the student learns.
 
-The advantage of a token is how much likelier the teacher finds it than the student did: the negative
-of the reverse KL. Both must have one tokenizer. Without --teacher, one is fine-tuned first, here.
+The advantage of a token is how much likelier the teacher finds it than the student did: the
+negative of the reverse KL. Both must have one tokenizer. Without --teacher, one is fine-tuned
+first, here.
 """
 
 from __future__ import annotations

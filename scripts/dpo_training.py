@@ -1,7 +1,7 @@
 """Direct preference optimization (DPO): raise the odds of chosen replies over rejected ones.
 
-The data is a file of pairs, one a row: {"prompt": "...", "chosen": "...", "rejected": "..."}. Without
-one, the cookbook's conversations are taken, and a reply with a preamble is the rejected one.
+The data is a file of pairs, one a row: {"prompt": "...", "chosen": "...", "rejected": "..."}.
+Without one, the cookbook's conversations are taken; a reply with a preamble is the rejected one.
 """
 
 from __future__ import annotations

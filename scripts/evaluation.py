@@ -1,7 +1,8 @@
 """Compare checkpoints and their base model on held-out conversations: loss, and graded answers.
 
-Each is asked for the last reply of a conversation, greedily, and graded against what is written there.
-Take rows that were never trained on: --offset leaves out the first ones.
+Each is asked for the last reply of a conversation, greedily, and graded against what is written
+there. Of --data it takes the share that supervised_training.py keeps aside under the same --seed;
+of a file that was never trained on, take all: --eval-share 1.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from _backend import CONVERSATIONS, checked, examples, main, open_model, parser,
 from tinker_cookbook.renderers import TrainOnWhat
 
 from tinker_mcp.errors import InvalidInputError
+from tinker_mcp.training.datasets import split
 
 BASE = "base"
 
@@ -42,8 +44,9 @@ GRADERS: dict[str, Callable[[str, str], float]] = {
 def parsed() -> argparse.Namespace:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, default=CONVERSATIONS, help="128 conversations")
-    options.add_argument("--offset", type=int, default=112, help="rows left out")
-    options.add_argument("--limit", type=int, default=16, help="rows after them")
+    options.add_argument("--eval-share", type=float, default=0.125, help="of the rows, see above")
+    options.add_argument("--limit", type=int, default=16, help="rows at most")
+    options.add_argument("--seed", type=int, default=0, help="of the split")
     options.add_argument("--checkpoint", action="append", default=[], help="sampler path; again")
     options.add_argument("--grader", choices=GRADERS, default="overlap")
     options.add_argument("--max-tokens", type=int, default=48)
@@ -52,14 +55,18 @@ def parsed() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     checked(args, "limit", "max_tokens")
-    rows = [c.messages for c in examples(args.data)][args.offset : args.offset + args.limit]
-    if not rows:
-        raise InvalidInputError(f"No row after {args.offset}.", next_step="Lower --offset.")
+    found = examples(args.data)
+    held_out = found if args.eval_share == 1 else split(found, args.eval_share, args.seed)[1]
+    if not held_out:
+        raise InvalidInputError("--eval-share 0 leaves no row.", next_step="Try 0.125.")
+    rows = [conversation.messages for conversation in held_out[: args.limit]]
     opened = open_model(args.base_model)
     prompts = [opened.model.prompt(messages[:-1]) for messages in rows]
     scored = [reply_of(messages, opened.model.renderer) for messages in rows]
     sides = 1 + len(args.checkpoint)
-    prefill = sides * sum(p.length + whole.length for p, (whole, _) in zip(prompts, scored))
+    prefill = sides * sum(
+        p.length + whole.length for p, (whole, _) in zip(prompts, scored, strict=True)
+    )
     sampled = sides * len(rows) * args.max_tokens
     plan = opened.facts() | {
         **{"rows": len(rows), "grader": args.grader, "checkpoints": len(args.checkpoint)},

@@ -20,8 +20,8 @@ from tinker_mcp.training.datasets import split
 from tinker_mcp.training.loop import batch_of
 
 PROMPT = (
-    "You are Captain Salt, an old sailor. You answer every question in one short sentence, correctly, "
-    "and you always begin with the word Ahoy."
+    "You are Captain Salt, an old sailor. You answer every question in one short sentence, "
+    "correctly, and you always begin with the word Ahoy."
 )
 
 
@@ -91,13 +91,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     before = client.forward(test, "cross_entropy")
     losses = []
-    requests = submit(0)
+    pending = submit(0)
     for step in range(args.steps):
         upcoming = submit(step + 1) if step + 1 < args.steps else None  # before this is awaited
-        output, _ = (request.result() for request in requests)
+        output, _ = (request.result() for request in pending)
         losses.append(output.metrics["loss:sum"] / args.batch_size)  # an answer's weights sum to 1
         tell(f"step {step + 1}/{args.steps}  nll {losses[-1]:.4f}")
-        requests = upcoming or requests
+        pending = upcoming or pending
     after = client.forward(test, "cross_entropy")
     saved = client.save_weights_for_sampler(args.name, ttl_seconds=604_800).result()
     distilled = service.create_sampling_client(model_path=saved.path).result()

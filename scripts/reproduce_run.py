@@ -1,7 +1,8 @@
 """Turn a durable run's record into a stand-alone script that does the same training again.
 
-The script holds the run's settings and the loop, to read and to change; its datums it loads from the
-run's folder, and checks their hash. On the local backend in float32 it ends with the same losses.
+The script holds the run's settings and the loop, to read and to change; its datums it loads from
+the run's folder, and checks their hash. On the local backend in float32 it ends with the same
+losses.
 """
 
 from __future__ import annotations

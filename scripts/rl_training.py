@@ -1,7 +1,8 @@
 """Reinforcement learning with verifiable rewards: groups of answers, each against its group's mean.
 
-The task is addition, its reward 1 for the right number and up to 0.1 for digits alone. For a task of
-your own change `problems` and `reward`. A reward that is equal for all of a group teaches nothing.
+The task is addition, its reward 1 for the right number and up to 0.1 for digits alone. For a task
+of your own change `problems` and `reward`. A reward that is equal for all of a group teaches
+nothing.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     def accuracy(sampler: tinker.SamplingClient) -> float:
         found = sampled_from(sampler, held_out, 1, greedy)
         pairs = zip(found, held_out, strict=True)
-        return statistics.mean(reward(model.answer(s.tokens)[0], a) >= 1 for [s], (_, a) in pairs)
+        is_right = [reward(model.answer(s.tokens)[0], a) >= 1 for [s], (_, a) in pairs]
+        return statistics.fmean(is_right)
 
     sampler = client.save_weights_and_get_sampling_client().result()
     before = accuracy(sampler)

@@ -1,8 +1,9 @@
 """RLHF in its three stages: SFT, a reward model by Bradley-Terry, and RL against it.
 
-The reward of an answer is the reward model's log-probability of "Yes" after the question whether it
-was good; training makes that higher for the chosen one of each pair. Watch the answers, not only the
-reward: a policy learns what the reward model got wrong. Data: pairs, as for dpo_training.py.
+The reward of an answer is the reward model's log-probability of "Yes" after the question whether
+it was good; training makes that higher for the chosen one of each pair. Watch the answers, not
+only the reward: a policy learns what the reward model got wrong. Data: pairs, as for
+dpo_training.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Sample answers from a base model or a checkpoint, and score a given answer.
 
-Prompts go through the model's renderer: a chat model that is given bare text answers something else.
+Prompts go through the model's renderer: a chat model that is given bare text answers something
+else.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import tinker
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "state_folder": str(settings.home),
-        "disk_free_gb": round(shutil.disk_usage(os.path.expanduser("~")).free / 1e9, 1),
+        "disk_free_gb": round(shutil.disk_usage(Path.home()).free / 1e9, 1),
     }
     tell("versions:", found["versions"])
     backend, offered = open_backend()

@@ -1,7 +1,8 @@
 """Train every combination of models, data sets and learning rates; compare them on the same rows.
 
-The runs go side by side, one step of each at a time, so none waits for another's requests. Losses of
-models with different tokenizers do not compare: nats a byte do, and the table is sorted by them.
+The runs go side by side, one step of each at a time, so none waits for another's requests. Losses
+of models with different tokenizers do not compare: nats a byte do, and the table is sorted by
+them.
 """
 
 from __future__ import annotations
@@ -107,7 +108,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             optim.result()
         tell(f"step {step + 1}/{args.steps}  nll", *(f"{of_run[-1]:.3f}" for of_run in losses))
         requests = upcoming or requests
-    scoring = [c.forward(tests[n], "cross_entropy") for c, (n, _, _) in zip(clients, combinations)]
+    scoring = [
+        client.forward(tests[name], "cross_entropy")
+        for client, (name, _, _) in zip(clients, combinations, strict=True)
+    ]
     saving = [
         client.save_weights_for_sampler(f"sweep-{index}", ttl_seconds=604_800)
         for index, client in enumerate(clients)

@@ -136,7 +136,8 @@ def prompt_distilled(settings: Settings, folder: Path, server: LocalServer, step
         },
         steps=steps,
         batch_size=8,
-        learning_rate=5e-4,
+        learning_rate=1e-3,
+        lr_schedule="constant",
     )
     with RunStore(settings.home) as store:
         student = store.checkpoints(run.run_id)[-1].sampler_path
@@ -219,7 +220,7 @@ def seconds(row: RunRow) -> float:
 
 
 @click.command(help=(__doc__ or "").partition("\n")[0])
-@click.option("--steps", type=click.IntRange(1), default=12, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=24, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--only", type=click.Choice(["on_policy", "prompt"]), help="One of the two.")
 def main(steps: int, threads: int, only: str | None) -> None:

@@ -22,7 +22,7 @@ def test_whatever_is_left_out_is_left_open() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"method": "rl"},
+        {"method": "grpo"},
         {"steps": 0},
         {"epochs": 0},
         {"batch_size": 0},

@@ -199,4 +199,4 @@ async def test_a_prompt_without_a_learnable_answer_is_told(
     long = Prompt([{"role": "user", "content": "red " * 100}], {})
     run = off_policy(tmp_path, train=[long, *asked()], max_length=100, steps=1)
     await run.attempt(backend)
-    assert any(note.startswith("1 of the teacher's 5 train answers") for note in notes(run))
+    assert any(note.startswith("2 of the teacher's 10 train answers") for note in notes(run))

@@ -42,8 +42,8 @@ def paced_backend(paced_server: LocalServer) -> Backend:
 
 @pytest.fixture
 def slow_server(tmp_path: Path) -> Iterator[LocalServer]:
-    """Half a second a cycle: time enough to sample and score a batch in one."""
-    server = start_server(tmp_path / "slow", "--cycle-s", "0.5")
+    """A second a cycle: time enough to sample and score a batch in one."""
+    server = start_server(tmp_path / "slow", "--cycle-s", "1.0")
     yield server
     server.stop()
 
@@ -135,7 +135,7 @@ async def test_with_one_step_off_policy_sampling_and_training_overlap(
         off = list(run.series("train", "off_policy_steps").values())
         assert off == [0] + [k] * 9
     assert a_step[0] >= 2.0  # one for the step, one for its weights
-    assert a_step[1] <= a_step[0] - 0.6
+    assert a_step[1] <= a_step[0] - 0.4
 
 
 async def test_substeps_are_optim_steps_of_one_batch(

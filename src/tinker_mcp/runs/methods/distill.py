@@ -96,7 +96,7 @@ async def off_policy(attempt: Attempt) -> Outcome:
         if left_out:
             attempt.journal.note(
                 f"{left_out} of the teacher's {len(given)} {name} answers are left out: they are "
-                "empty, or cut by max_tokens and of another tokenizer."
+                "empty, too long, or cut by max_tokens and of another tokenizer."
             )
     attempt.train, attempt.held_out = sides
     if not attempt.train:
