@@ -35,6 +35,7 @@ async def train(attempt: Attempt) -> Outcome:
     """From the attempt's first step to its end."""
     pairs = [attempt.train[at : at + PAIR] for at in range(0, len(attempt.train), PAIR)]
 
+    await anyio.to_thread.run_sync(dpo.load)  # seconds, in which a client would stand idle
     async with attempt.opened(LOSS) as client:
         loss = await _loss(attempt, client)
 
@@ -76,7 +77,6 @@ async def train(attempt: Attempt) -> Outcome:
 
 async def _loss(attempt: Attempt, client: tinker.TrainingClient) -> DpoLoss:
     """The loss on this run's pairs, with the references that an earlier attempt left if it did."""
-    await anyio.to_thread.run_sync(dpo.load)
     datums = [*attempt.train, *attempt.held_out]
     cache = attempt.journal.folder.train_data.with_name(REFERENCES)
     key = _key(attempt)
