@@ -177,8 +177,8 @@ def test_start_run_takes_what_a_run_takes() -> None:
     [
         ({"stepz": 3}, "unknown argument 'stepz'; did you mean 'steps'?"),
         ({"steps": "3"}, "steps='3': Input should be a valid integer."),
-        ({"method": "rl"}, "method='rl': Input should be 'sft' or 'dpo'."),
-        ({"data": None}, "data=None: Input should be a valid string."),
+        ({"method": "grpo"}, "method='grpo': Input should be 'sft', 'dpo', 'rl'"),
+        ({"data": 3}, "data=3: Input should be a valid string."),
         ({"eval_share": 1.5}, "eval_share=1.5: Input should be less than 1."),
         ({"accept": ["all"]}, "accept.0='all': Input should be 'learning_rate'"),
     ],

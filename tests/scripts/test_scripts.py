@@ -80,11 +80,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     server.stop()
 
 
+def _plain_environ() -> dict[str, str]:
+    """Without what other tests of this process point the SDK at."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("TINKER_", "HF_HOME"))}
+
+
 def run(home: Path, script: Path, *args: str, **variables: str) -> Ended:
     """A script in a folder that is not its own, with nothing but a state folder to go by."""
     ended = subprocess.run(
         [sys.executable, "-W", "error::FutureWarning", str(script), *args],
-        env={**os.environ, "TINKER_MCP_HOME": str(home), **variables},
+        env={**_plain_environ(), "TINKER_MCP_HOME": str(home), **variables},
         cwd=home,
         capture_output=True,
         text=True,

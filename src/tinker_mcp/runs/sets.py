@@ -123,7 +123,7 @@ def _sides(
     arguments: RunArguments, found: Mapping[str, Rows | None], findings: Findings
 ) -> tuple[Rows | None, Rows | None]:
     """The set to train on and the held-out one; the first is None where one cannot be used."""
-    train, held_out = found["data"], found.get("eval_data")
+    train, held_out = found.get("data"), found.get("eval_data")
     if train is None or None in found.values():
         return None, None
     if held_out is not None or not arguments.eval_share:

@@ -26,7 +26,13 @@ def _no_bool(value: object) -> object:
     return value
 
 
-Whole: TypeAlias = Annotated[int, BeforeValidator(_no_bool)]
+def _whole(value: object) -> object:
+    """An integer as JSON Schema has it: 3.0 is one."""
+    is_integral = isinstance(value, float) and value.is_integer()
+    return int(value) if is_integral else _no_bool(value)  # type: ignore[call-overload]
+
+
+Whole: TypeAlias = Annotated[int, BeforeValidator(_whole)]
 Number: TypeAlias = Annotated[float, BeforeValidator(_no_bool)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 LearningRate = Annotated[Number, Field(gt=0, le=10)]
