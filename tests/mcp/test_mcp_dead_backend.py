@@ -9,9 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -22,6 +23,7 @@ from servers import LocalServer, start_server
 from tinker_mcp.errors import ClientLostError, RequestFailedError, TinkerMcpError
 from tinker_mcp.settings import Settings
 from tinker_mcp.training import proxies, sdk_errors, sdk_logs
+from tinker_mcp.training.sessions import let_go
 
 
 @pytest.fixture
@@ -305,3 +307,19 @@ def test_the_sdk_tells_once_a_session_that_its_heartbeats_fail(
         )
     logger.warning("Something else")
     assert len(caplog.messages) == 3
+
+
+def test_a_session_that_is_still_being_opened_is_let_go_without_waiting() -> None:
+    opened, closed = threading.Event(), threading.Event()
+
+    class Opening:
+        """As the SDK's client while its backend does not answer: close waits for the session."""
+
+        def close(self, _reason: str) -> None:
+            assert opened.wait(30)
+            closed.set()
+
+    let_go(cast("Any", Opening()))
+    assert not closed.is_set()
+    opened.set()
+    assert closed.wait(30)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -85,9 +86,17 @@ async def end(services: list[tinker.ServiceClient], backend: Backend) -> None:
 
 
 def let_go(service: tinker.ServiceClient) -> None:
-    """Have the SDK end a session by itself, however long that takes; its heartbeats stop."""
-    with contextlib.suppress(Exception):
-        service.close("errored")
+    """Have the SDK end a session by itself, however long that takes; its heartbeats stop.
+
+    In a thread: while a session is being opened, the SDK's close waits for that, and against a
+    backend that has ended it tries for minutes.
+    """
+
+    def close() -> None:
+        with contextlib.suppress(Exception):
+            service.close("errored")
+
+    threading.Thread(target=close, name="let go of a session", daemon=True).start()
 
 
 def open_service(backend: Backend, run_id: str | None = None) -> tinker.ServiceClient:
