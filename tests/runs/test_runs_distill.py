@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from distill_runs import HELD_OUT_WORDS, a_distillation, a_teacher, asked, disti
 
 from servers import LocalServer
 from tinker_mcp.runs import transcripts
+from tinker_mcp.runs.drift import KlAlarm
 from tinker_mcp.runs.methods import distill
 from tinker_mcp.runs.rollouts import Policy, PromptGroup
 from tinker_mcp.store.runs import RunStore
@@ -64,14 +66,17 @@ async def scored_group(backend: Backend, run: Run, scorer: Any) -> distill.Group
     student = rendering.load(backend, TINY, run.spec.renderer)
     assert run.spec.distill is not None
     attempt: Any = run
-    scored = distill._Scored(attempt, run.spec.distill, student, scorer)
+    journal = run.journal()
+    alarm = KlAlarm(journal, max_off_policy_steps=0, temperature=1.0)
+    scored = distill._Scored(attempt, run.spec.distill, student, scorer, alarm)
     import tinker
 
     service = tinker.ServiceClient(base_url=backend.base_url, api_key=backend.api_key)
     client = service.create_sampling_client(base_model=TINY).result(ANSWER_S)
     rows: Any = run.train
     policy = Policy(client, max_tokens=4, temperature=1.0, seed=1, context=512)
-    return await scored._group(PromptGroup(rows[0], student, 2), policy)
+    with contextlib.closing(journal):
+        return await scored._group(PromptGroup(rows[0], student, 2), policy)
 
 
 class Certain:

@@ -24,7 +24,7 @@ from rl_runs import (
 
 from servers import LocalServer, start_server
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.runs.methods.rl import KL_ALARM
+from tinker_mcp.runs.drift import KL_ALARM
 from tinker_mcp.training.backend import Backend
 
 V1, V2 = "optim/kl_sample_train_v1", "optim/kl_sample_train_v2"
@@ -135,7 +135,7 @@ async def test_with_one_step_off_policy_sampling_and_training_overlap(
         off = list(run.series("train", "off_policy_steps").values())
         assert off == [0] + [k] * 9
     assert a_step[0] >= 2.0  # one for the step, one for its weights
-    assert a_step[1] <= a_step[0] - 0.4
+    assert a_step[1] <= a_step[0] - 0.6
 
 
 async def test_substeps_are_optim_steps_of_one_batch(

@@ -13,12 +13,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinker_mcp.errors import InvalidInputError
 from tinker_mcp.training import files
 from tinker_mcp.training import messages as checks
 from tinker_mcp.training.problems import Problem
+
+if TYPE_CHECKING:
+    from tinker_mcp.runs.spec import RunSpec
 
 TRAIN, HELD_OUT = "prompts.jsonl", "held_out_prompts.jsonl"
 _ROLES_BEFORE_A_REPLY = ("user", "tool")
@@ -92,6 +95,18 @@ def load(path: Path, sha256: str) -> list[Prompt]:
         raise _unusable(path, "was changed since the run was started")
     rows = map(json.loads, content.decode().splitlines())
     return [Prompt(row["messages"], row["row"]) for row in rows]
+
+
+def load_both(folder: Path, spec: RunSpec) -> tuple[list[Prompt], list[Prompt]]:
+    """A run's prompts to train on, and its held-out ones, from its folder. Blocks.
+
+    Raises:
+        InvalidInputError: A file is gone, or another one than the run was planned with.
+    """
+    train = load(folder / "data" / TRAIN, spec.train.sha256)
+    if spec.held_out is None:
+        return train, []
+    return train, load(folder / "data" / HELD_OUT, spec.held_out.sha256)
 
 
 def _prompt(place: str, row: Any, columns: Mapping[str, str]) -> Prompt | Problem:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tinker_mcp.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from tinker_mcp.runs.spec import RunSpec
 
 RlLoss = Literal["importance_sampling", "ppo", "cispo", "dro", "gspo"]
 Advantage = Literal["center", "normalize"]
@@ -107,3 +112,13 @@ class RlArguments(_Frozen):
         if isinstance(self.environment, str):
             return EnvironmentSpec(name=self.environment)
         return self.environment
+
+
+def options_of(spec: RunSpec) -> RlOptions:
+    """The options that an rl run has."""
+    if spec.rl is None:
+        raise InvalidInputError(
+            f"The {spec.method} run {spec.name!r} has no rl options.",
+            next_step="Call start_run with rl.",
+        )
+    return spec.rl

@@ -10,20 +10,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio.to_thread
 
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.runs import prompts, teacher, transcripts
+from tinker_mcp.runs import teacher, transcripts
 from tinker_mcp.runs.ahead import Ahead, Bill
 from tinker_mcp.runs.attempt import Attempt, Outcome, positions
 from tinker_mcp.runs.distill_options import DistillOptions
+from tinker_mcp.runs.drift import CookbookScorer, KlAlarm
 from tinker_mcp.runs.methods import sft
 from tinker_mcp.runs.prompts import Prompt
+from tinker_mcp.runs.prompts import load_both as load
 from tinker_mcp.runs.rollouts import (
     Policy,
     PromptGroup,
@@ -42,27 +43,16 @@ from tinker_mcp.training.rendering import ModelRenderer
 if TYPE_CHECKING:
     import tinker
 
+__all__ = ["LOSS", "load", "train"]
+
 LOSS = "teacher_kl"
 """Nats a token, on-policy; off-policy the loss is that of sft."""
 
 FLOOR = 0.5
 """Of it: a student that is as good as its teacher has a KL that is noise around 0."""
 
-KL_ALARM = 0.01
 _LOSS_FN: Any = "importance_sampling"
 _TOLD = ("env/all/ac_tokens_per_turn", "env/all/ob_tokens_per_turn", "env/all/stop/length")
-
-
-def load(folder: Path, spec: RunSpec) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-    """The prompts to train on, and the held-out ones. Blocks.
-
-    Raises:
-        InvalidInputError: A file is gone, or another one than the run was planned with.
-    """
-    train = prompts.load(folder / "data" / prompts.TRAIN, spec.train.sha256)
-    if spec.held_out is None:
-        return train, []
-    return train, prompts.load(folder / "data" / prompts.HELD_OUT, spec.held_out.sha256)
 
 
 async def train(attempt: Attempt) -> Outcome:
@@ -122,7 +112,8 @@ async def on_policy(attempt: Attempt) -> Outcome:
         teacher.opened(attempt, options) as scorer,
         background() as start,
     ):
-        scored = _Scored(attempt, options, student, _AsCookbook(scorer))
+        alarm = KlAlarm(attempt.journal, behind, options.temperature)
+        scored = _Scored(attempt, options, student, CookbookScorer(scorer), alarm)
         ahead = Ahead(attempt, start, scored.bound, scored.batch)
 
         def new_sampler(kind: Any) -> asyncio.Task[tinker.SamplingClient]:
@@ -242,8 +233,8 @@ class _Scored:
     attempt: Attempt
     options: DistillOptions
     student: ModelRenderer
-    scorer: _AsCookbook
-    _is_alarmed: bool = field(default=False)
+    scorer: CookbookScorer
+    alarm: KlAlarm
 
     def bound(self, step: int) -> Bill:
         """What the batch of a step costs at most."""
@@ -283,7 +274,7 @@ class _Scored:
         logprobs = [one["logprobs"].to_torch() for one in output.loss_fn_outputs]
         usage, all_numbers = batch.usage, numbers_of(batch.groups)
         drift = compute_kl_sample_train(batch.datums, logprobs)
-        self._alarm(drift["optim/kl_sample_train_v2"], step)
+        self.alarm.look(drift["optim/kl_sample_train_v2"], step)
         return {
             LOSS: batch.teacher_kl,
             **{name: all_numbers[name] for name in _TOLD},
@@ -354,28 +345,6 @@ class _Scored:
             sampled=sum(float(one.loss_fn_inputs["mask"].to_numpy().sum()) for one in made),
             scored_tokens=positions(made) + len(made),
         )
-
-    def _alarm(self, kl: float, step: int) -> None:
-        if kl <= KL_ALARM or self._is_alarmed:
-            return
-        self._is_alarmed = True
-        self.attempt.journal.warn(
-            f"The KL between sampler and trainer was {kl:.3g} at step {step}, above {KL_ALARM} "
-            f"(max_off_policy_steps is {self.options.max_off_policy_steps}, temperature "
-            f"{self.options.temperature:g}): the student learns from samples of another policy. "
-            "A lower learning_rate helps."
-        )
-
-
-class _AsCookbook:
-    """The teacher as the cookbook calls it; its method of that name warns that it is old."""
-
-    def __init__(self, client: tinker.SamplingClient) -> None:
-        self._client = client
-
-    async def compute_logprobs_async(self, prompt: tinker.ModelInput) -> list[float | None]:
-        logprobs: list[float | None] = await self._client.compute_logprobs(prompt)
-        return logprobs
 
 
 def _bill(usage: Usage, scored_tokens: int, options: DistillOptions) -> Bill:

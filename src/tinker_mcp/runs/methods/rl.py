@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import math
-import os
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.runs import environments, prompts, transcripts
+from tinker_mcp.runs import group_sources, prompts, transcripts
 from tinker_mcp.runs.ahead import Ahead, Bill
 from tinker_mcp.runs.attempt import Attempt, Outcome, positions
+from tinker_mcp.runs.drift import CookbookScorer, KlAlarm
+from tinker_mcp.runs.group_sources import Source
 from tinker_mcp.runs.prompts import Prompt
-from tinker_mcp.runs.rl_options import RlOptions
+from tinker_mcp.runs.rl_options import RlOptions, options_of
 from tinker_mcp.runs.rollouts import (
     Policy,
     PromptGroup,
@@ -40,11 +40,8 @@ from tinker_mcp.runs.rollouts import (
     together,
 )
 from tinker_mcp.runs.spec import RunSpec
-from tinker_mcp.settings import Settings
-from tinker_mcp.training import losses, rendering
+from tinker_mcp.training import losses
 from tinker_mcp.training.rendering import ModelRenderer
-from tinker_mcp.training.rewards import opening, specs
-from tinker_mcp.training.rewards.contract import Reward
 
 if TYPE_CHECKING:
     import tinker
@@ -57,7 +54,6 @@ FLOOR = 1.0
 """Nats a token: a policy that has become certain may become less so again."""
 
 REWARD = "env/all/reward/total"
-KL_ALARM = 0.01
 _UNSCORED_LIMIT = 3  # steps in a row of which no sample has a reward
 
 
@@ -69,22 +65,22 @@ def load(folder: Path, spec: RunSpec) -> tuple[Sequence[Prompt], Sequence[Prompt
     """
     if options_of(spec).environment is not None:
         return [], []
-    train = prompts.load(folder / "data" / prompts.TRAIN, spec.train.sha256)
-    if spec.held_out is None:
-        return train, []
-    return train, prompts.load(folder / "data" / prompts.HELD_OUT, spec.held_out.sha256)
+    return prompts.load_both(folder, spec)
 
 
 async def train(attempt: Attempt) -> Outcome:
     """From the attempt's first step to its end."""
     spec, options = attempt.spec, options_of(attempt.spec)
-    training = _Training(options)
+    alarm = KlAlarm(
+        attempt.journal, options.max_off_policy_steps, options.temperature, options.substeps
+    )
+    training = _Training(options, alarm)
     step = attempt.first_step
     transcripts.rewind(_transcripts(attempt), step)
 
     async with (
         attempt.opened(LOSS, floor=FLOOR) as client,
-        _opened(attempt) as source,
+        group_sources.opened(attempt) as source,
         _reference(attempt, client) as reference,
         background() as start,
     ):
@@ -134,128 +130,6 @@ async def train(attempt: Attempt) -> Outcome:
                 attempt.put_checkpoint(client, step, ttl_s=spec.ttl_s)
             await attempt.room()
         return await attempt.end(client, step)
-
-
-def options_of(spec: RunSpec) -> RlOptions:
-    """The options that an rl run has."""
-    if spec.rl is None:
-        raise InvalidInputError(
-            f"The {spec.method} run {spec.name!r} has no rl options.",
-            next_step="Call start_run with rl.",
-        )
-    return spec.rl
-
-
-# Where groups come from
-
-
-class Source(Protocol):
-    """Groups of each step, and of an evaluation."""
-
-    @property
-    def renderer(self) -> ModelRenderer: ...
-
-    def groups(self, step: int) -> Sequence[Any]:
-        """EnvGroupBuilders of a step, counted from 1; the same whenever it is asked."""
-
-    def held_out(self) -> Sequence[Any]:
-        """Those of an evaluation, of one sample each."""
-
-
-@dataclass(frozen=True)
-class _Prompts:
-    """Groups of the run's prompts, scored by its reward."""
-
-    attempt: Attempt
-    renderer: ModelRenderer
-    reward: Reward
-
-    def groups(self, step: int) -> Sequence[PromptGroup]:
-        size = options_of(self.attempt.spec).group_size
-        chosen: Sequence[Prompt] = self.attempt.batch(self.attempt.train, step)
-        return [PromptGroup(one, self.renderer, size, self.reward) for one in chosen]
-
-    def held_out(self) -> Sequence[PromptGroup]:
-        chosen: Sequence[Prompt] = self.attempt.held_out
-        return [PromptGroup(one, self.renderer, 1, self.reward) for one in chosen]
-
-
-@dataclass(frozen=True)
-class _Environment:
-    """Groups of an environment."""
-
-    renderer: ModelRenderer
-    environment: environments.Environment
-
-    def groups(self, step: int) -> Sequence[Any]:
-        return self.environment.batch(step)
-
-    def held_out(self) -> Sequence[Any]:
-        return ()
-
-
-@contextlib.asynccontextmanager
-async def _opened(attempt: Attempt) -> AsyncIterator[Source]:
-    spec, options = attempt.spec, options_of(attempt.spec)
-    renderer = await anyio.to_thread.run_sync(
-        rendering.load, attempt.backend, spec.base_model, spec.renderer
-    )
-    if options.environment is not None:
-        place = environments.Place(
-            backend=attempt.backend,
-            renderer=renderer,
-            batch_size=spec.batch_size,
-            group_size=options.group_size,
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
-            steps=spec.steps,
-            seed=spec.seed,
-        )
-        yield _Environment(renderer, await environments.opened(options.environment, place))
-        return
-    reward_spec = specs.spec_of(dict(options.reward or {}))
-    _warn_if_changed(attempt, reward_spec)
-    # Whether its path may be read was asked when the run was planned.
-    settings = replace(Settings.from_environment(os.environ), roots=(Path("/"),))
-    async with _judge(attempt, reward_spec) as judge:
-        with opening.opened(reward_spec, settings, judge) as reward:
-            yield _Prompts(attempt, renderer, reward)
-
-
-def _warn_if_changed(attempt: Attempt, spec: specs.RewardSpec) -> None:
-    known = options_of(attempt.spec).reward_sha256
-    if not isinstance(spec, specs.UserFile) or known is None:
-        return
-    try:
-        now = hashlib.sha256(Path(spec.path).read_bytes()).hexdigest()
-    except OSError:
-        return  # opening it says why
-    if now != known:
-        attempt.journal.warn(f"The reward {spec.path} was changed since the run was planned.")
-
-
-@contextlib.asynccontextmanager
-async def _judge(attempt: Attempt, spec: specs.RewardSpec) -> AsyncIterator[Reward | None]:
-    """What scores where the reward is a model; it has a session of its own."""
-    from tinker_mcp.training import sessions
-    from tinker_mcp.training.rewards.judge import JudgeReward
-
-    if not isinstance(spec, specs.Judge):
-        yield None
-        return
-    service = await anyio.to_thread.run_sync(sessions.open_service, attempt.backend, attempt.run_id)
-    try:
-        client = await attempt.answer(
-            service.create_sampling_client(
-                model_path=spec.checkpoint, base_model=spec.base_model
-            ).coroutine()
-        )
-        renderer = await anyio.to_thread.run_sync(
-            rendering.load, attempt.backend, str(client.get_base_model()), spec.renderer
-        )
-        yield JudgeReward(spec, client, renderer)
-    finally:
-        await sessions.end([service], attempt.backend)
 
 
 @contextlib.asynccontextmanager
@@ -412,7 +286,7 @@ class _Training:
     """What is done with a batch."""
 
     options: RlOptions
-    _is_alarmed: bool = False
+    alarm: KlAlarm
 
     async def penalize(
         self, attempt: Attempt, batch: Batch, reference: tinker.SamplingClient
@@ -423,7 +297,7 @@ class _Training:
         price = self.options.prefill_usd_per_million or 0.0
         tokens = positions(batch.datums)
         attempt.journal.spend(tokens, tokens * price / 1e6)
-        scorer: Any = _Scorer(reference)
+        scorer: Any = CookbookScorer(reference)
         found = await incorporate_kl_penalty(batch.datums, scorer, self.options.kl_coef, 0.0)
         batch.kl_to_start = found["kl_policy_base"]
 
@@ -475,36 +349,7 @@ class _Training:
         found["loss"] = sum(answer.metrics["loss:sum"] for answer in joined.answers)
         if not all(map(math.isfinite, (found["loss"], found["optim/kl_sample_train_v2"]))):
             found[LOSS] = math.nan
-        self._alarm(attempt, step, found["optim/kl_sample_train_v2"])
-        return found
-
-    def _alarm(self, attempt: Attempt, step: int, kl: float) -> None:
-        if kl <= KL_ALARM or self._is_alarmed:
-            return
-        self._is_alarmed = True
-        old = [
-            f"max_off_policy_steps is {self.options.max_off_policy_steps}"
-            if self.options.max_off_policy_steps
-            else "",
-            f"substeps is {self.options.substeps}" if self.options.substeps > 1 else "",
-            f"temperature is {self.options.temperature:g}" if self.options.temperature != 1 else "",
-        ]
-        why = ", ".join(filter(None, old)) or "the sampler and the trainer do not agree"
-        attempt.journal.warn(
-            f"The KL between sampler and trainer was {kl:.3g} at step {step}, above {KL_ALARM}: "
-            f"the samples come from another policy than the one that learns from them ({why}). "
-            "A lower learning_rate helps."
-        )
-
-
-class _Scorer:
-    """A sampling client as the cookbook's KL penalty calls it."""
-
-    def __init__(self, client: tinker.SamplingClient) -> None:
-        self._client = client
-
-    async def compute_logprobs_async(self, prompt: tinker.ModelInput) -> list[float | None]:
-        found: list[float | None] = await self._client.compute_logprobs(prompt)
+        self.alarm.look(found["optim/kl_sample_train_v2"], step)
         return found
 
 
