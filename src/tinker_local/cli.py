@@ -16,9 +16,9 @@ import structlog
 
 from tinker_local import __version__, running
 from tinker_local.errors import LocalError
-from tinker_local.weights import DEFAULT_MODEL, TINY_MODEL
+from tinker_local.weights import DEFAULT_MODEL, TINY_MODEL, TINY_VL_MODEL
 
-DEFAULT_MODELS = (DEFAULT_MODEL, TINY_MODEL)
+DEFAULT_MODELS = (DEFAULT_MODEL, TINY_MODEL, TINY_VL_MODEL)
 
 
 class _Commands(click.Group):

@@ -34,16 +34,36 @@ class LoraSpec:
 
 
 @dataclass(frozen=True)
+class Image:
+    """An image that stands among tokens.
+
+    Attributes:
+        at: How many tokens come before it.
+        data: The file's bytes.
+        format: "png" or "jpeg".
+        expected_tokens: How many tokens the client takes it for; None leaves that to the model.
+    """
+
+    at: int
+    data: bytes = field(repr=False)
+    format: str = "png"
+    expected_tokens: int | None = None
+
+
+@dataclass(frozen=True)
 class TrainingDatum:
     """One training example, already shifted by the client.
 
     Attributes:
-        tokens: Model input, shape (N,).
-        loss_fn_inputs: Arrays by name; `target_tokens` is int64 (N,), the others float32 (N,).
+        tokens: Model input, shape (N,); of the text alone, if there are images.
+        loss_fn_inputs: Arrays by name; `target_tokens` is int64 (N,), the others float32 (N,), N
+            with the images' tokens.
+        images: In their order.
     """
 
     tokens: Tokens
     loss_fn_inputs: Mapping[str, NDArray[np.generic]]
+    images: Sequence[Image] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +125,7 @@ class Sample:
     """Draw continuations of one prompt, and score the prompt where asked.
 
     Attributes:
-        prompt: Token ids, shape (P,).
+        prompt: Token ids, shape (P,); of the text alone, if there are images.
         max_tokens: At most so many new tokens; None means up to the context's end.
         stop_tokens: A sequence ends with the first of these ids; the id stays in the result.
             None means the model's own end-of-text ids.
@@ -121,6 +141,7 @@ class Sample:
         prompt_targets: Token ids to score at prompt positions 1 to P-1, shape (P-1, K), -1 where
             nothing is asked.
         prompt_alternatives: How many tokens to draw, at `temperature`, at each of these positions.
+        images: Those of the prompt, in their order.
     """
 
     weights: SamplerWeights
@@ -139,6 +160,7 @@ class Sample:
     top_prompt: int = 0
     prompt_targets: Tokens | None = None
     prompt_alternatives: int = 0
+    images: Sequence[Image] = ()
 
 
 @dataclass(frozen=True)
@@ -180,11 +202,12 @@ class SampleOutput:
 
     Attributes:
         sequences: The continuations.
-        prompt_logprobs: (P,), NaN where not scored, as at 0.
+        prompt_logprobs: (P,), NaN where not scored, as at 0 and at an image's tokens.
         prompt_top: (P, k), best first.
         prompt_targets: Log-probabilities in the shape of `Sample.prompt_targets`, 0 for -1.
         prompt_alternatives: (P-1, k), drawn with replacement.
         cached_tokens: How many of the prompt's tokens another prompt had already computed.
+        prompt_tokens: Length of a prompt with images; None of one of text, which is known.
     """
 
     sequences: Sequence[SampledSequence]
@@ -193,6 +216,7 @@ class SampleOutput:
     prompt_targets: Floats | None = None
     prompt_alternatives: TokenScores | None = None
     cached_tokens: int = 0
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True)

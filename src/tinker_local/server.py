@@ -61,14 +61,7 @@ def serve(options: ServeOptions) -> None:
         if options.exits_with_stdin:
             lifeline.end_with(0, lambda: running.withdraw(options.state_dir))
         listener = _bind(options.host, options.port)
-        cache = weights.cache_dir()
-        models = [
-            weights.resolve_model(spec, cache, progress=weights.stderr_progress)
-            for spec in options.models
-        ]
-        models += weights.resolve_aliases(
-            options.aliases, models, cache, progress=weights.stderr_progress
-        )
+        models, hf_home = _prepared(options)
         host, port = listener.getsockname()[:2]
         base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         api_key = f"tml-local-{secrets.token_urlsafe(24)}"
@@ -80,7 +73,7 @@ def serve(options: ServeOptions) -> None:
             env={
                 "TINKER_BASE_URL": base_url,
                 "TINKER_API_KEY": api_key,
-                "HF_HOME": str(weights.hf_home(cache)),
+                "HF_HOME": str(hf_home),
                 "HF_HUB_OFFLINE": "1",
             },
         )
@@ -105,6 +98,26 @@ def serve(options: ServeOptions) -> None:
     # The engine's thread may be inside a step, and torch aborts a process whose interpreter is
     # torn down under it.
     os._exit(0 if server.started else 1)
+
+
+def _prepared(options: ServeOptions) -> tuple[list[weights.ModelFiles], Path]:
+    """The models that are served, and the HF_HOME in which clients find them by name.
+
+    Aliases have one of their own, since their names mean other models elsewhere.
+    """
+    cache = weights.cache_dir()
+    models = [
+        weights.resolve_model(spec, cache, progress=weights.stderr_progress)
+        for spec in options.models
+    ]
+    if not options.aliases:
+        return models, weights.hf_home(cache)
+    own = options.state_dir / "aliases"
+    weights.lend(cache, [model.name for model in models], own)
+    models += weights.resolve_aliases(
+        options.aliases, models, own, progress=weights.stderr_progress
+    )
+    return models, weights.hf_home(own)
 
 
 class _AnnouncedServer(uvicorn.Server):

@@ -1,7 +1,8 @@
 """Adapters and optimizers as files: safetensors and JSON, never pickle.
 
 A folder holds `adapter_model.safetensors` and `adapter_config.json`, which PEFT loads as they
-are, `lora.json`, the LoraSpec, and, where training may go on from it, `optimizer.safetensors`.
+are (a vision model's after `tinker_cookbook.weights.build_lora_adapter`), `lora.json`, the
+LoraSpec, and, where training may go on from it, `optimizer.safetensors`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ def save_adapter(adapter: Adapter, base_model: str, folder: Path) -> None:
     """Write `adapter` in PEFT's format, float32."""
     tensors = {}
     for path, factors in adapter.factors.items():
-        tensors[f"{_PEFT_PREFIX}{path}.lora_A.weight"] = factors.a.detach().cpu().contiguous()
-        tensors[f"{_PEFT_PREFIX}{path}.lora_B.weight"] = factors.b.detach().cpu().contiguous()
+        name = f"{_PEFT_PREFIX}{_saved_name(path)}"
+        tensors[f"{name}.lora_A.weight"] = factors.a.detach().cpu().contiguous()
+        tensors[f"{name}.lora_B.weight"] = factors.b.detach().cpu().contiguous()
     save_file(tensors, folder / _ADAPTER, metadata={"format": "pt"})
     (folder / _CONFIG).write_text(json.dumps(_peft_config(adapter, base_model), indent=2))
     (folder / _SPEC).write_text(json.dumps(asdict(adapter.spec), indent=2))
@@ -44,10 +46,11 @@ def load_adapter(folder: Path, layers: Mapping[str, LoraLinear], *, trainable: b
     spec = LoraSpec(**json.loads(_existing(folder / _SPEC).read_text()))
     tensors = load_file(_existing(folder / _ADAPTER))
     factors = {}
+    paths = {_saved_name(path): path for path in layers}
     for key, a in tensors.items():
         if not key.endswith(".lora_A.weight"):
             continue
-        path = key.removeprefix(_PEFT_PREFIX).removesuffix(".lora_A.weight")
+        path = paths[key.removeprefix(_PEFT_PREFIX).removesuffix(".lora_A.weight")]
         b = tensors[key.replace(".lora_A.", ".lora_B.")]
         weight = layers[path].weight
         # One that is only read may as well have the format that the forward pass needs.
@@ -82,6 +85,12 @@ def load_optimizer(optimizer: AdamW, folder: Path, device: torch.device) -> None
         # torch keeps the step count on the CPU, whatever the device of the parameter
         state[name].append(tensor if name == "step" else tensor.to(device))
     optimizer.load_state(state)
+
+
+def _saved_name(path: str) -> str:
+    """A layer's path in a file, as Tinker has it and the cookbook's exports expect it: a vision
+    model's language model is named like a model of text."""
+    return path.replace("model.language_model.", "model.")
 
 
 def _peft_config(adapter: Adapter, base_model: str) -> dict[str, object]:

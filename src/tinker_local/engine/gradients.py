@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from tinker_local.engine import batches
 from tinker_local.engine.attention import PackedSequences
-from tinker_local.engine.base_model import BaseModel
+from tinker_local.engine.base_model import LanguageModel
 from tinker_local.engine.batches import Batch
 from tinker_local.engine.head import target_logprobs
 from tinker_local.engine.lora import Adapter
@@ -20,12 +21,16 @@ from tinker_local.engine.loss_checks import (
     complete_config,
     loss_spec,
 )
+from tinker_local.engine.vision import AnyModel, VisionModel
 from tinker_local.errors import UserInputError
 from tinker_local.ops import ForwardBackward, LossOutput, Slices, Tokens, TrainingDatum
 
 
-def check(op: ForwardBackward, model: BaseModel) -> None:
+def check(op: ForwardBackward, model: LanguageModel) -> ForwardBackward:
     """Refuse a request that cannot work before anything is computed.
+
+    Returns:
+        It, with the tokens of images among the others.
 
     Raises:
         UserInputError: The first datum that is empty, too long, uses ids outside the vocabulary
@@ -35,6 +40,7 @@ def check(op: ForwardBackward, model: BaseModel) -> None:
     complete_config(op.loss_fn, op.loss_fn_config)
     if not op.data:
         raise UserInputError("forward_backward got no data.", "Send at least one datum.")
+    op = replace(op, data=[_laid_out(n, datum, model) for n, datum in enumerate(op.data)])
     limit = model.info.max_context_length
     for position, datum in enumerate(op.data):
         length = len(datum.tokens)
@@ -47,10 +53,16 @@ def check(op: ForwardBackward, model: BaseModel) -> None:
         _check_ids(f"data[{position}].model_input", datum.tokens, model.vocabulary)
         targets = datum.loss_fn_inputs["target_tokens"]
         _check_ids(f"data[{position}].target_tokens", targets, model.vocabulary)
+    return op
 
 
-def run(op: ForwardBackward, model: BaseModel, adapter: Adapter) -> Slices[LossOutput]:
-    """Score the data and, unless `forward_only`, add the loss's gradient to the adapter's.
+def _laid_out(position: int, datum: TrainingDatum, model: LanguageModel) -> TrainingDatum:
+    tokens, images = model.laid_out(datum.tokens, datum.images, f"data[{position}]")
+    return replace(datum, tokens=tokens, images=images)
+
+
+def run(op: ForwardBackward, model: AnyModel, adapter: Adapter) -> Slices[LossOutput]:
+    """Score checked data and, unless `forward_only`, add the loss's gradient to the adapter's.
 
     Yields between batches, so that other work can be done meanwhile. Nothing is added when any
     part fails or when it is closed before its end.
@@ -67,13 +79,11 @@ def run(op: ForwardBackward, model: BaseModel, adapter: Adapter) -> Slices[LossO
     return output
 
 
-def _score(op: ForwardBackward, model: BaseModel, adapter: Adapter) -> Slices[LossOutput]:
-    on_gpu = model.device.type == "cuda"
-    max_tokens = batches.MAX_BATCH_TOKENS_GPU if on_gpu else batches.MAX_BATCH_TOKENS
+def _score(op: ForwardBackward, model: AnyModel, adapter: Adapter) -> Slices[LossOutput]:
     spec, config = loss_spec(op.loss_fn), complete_config(op.loss_fn, op.loss_fn_config)
     logprobs: list[np.ndarray] = [np.empty(0, np.float32)] * len(op.data)
     sums: defaultdict[str, float] = defaultdict(float)
-    for batch in batches.plan([datum.tokens for datum in op.data], max_tokens):
+    for batch in _plan(op.data, model):
         with torch.set_grad_enabled(not op.forward_only), model.adapted(adapter):
             scored = _batch_logprobs(batch, op.data, model)
             losses = []
@@ -93,6 +103,14 @@ def _score(op: ForwardBackward, model: BaseModel, adapter: Adapter) -> Slices[Lo
     return LossOutput(logprobs, dict(sums))
 
 
+def _plan(data: Sequence[TrainingDatum], model: AnyModel) -> Sequence[Batch]:
+    if isinstance(model, VisionModel):  # it reads one sequence at a time
+        return [Batch((index,)) for index in range(len(data))]
+    on_gpu = model.device.type == "cuda"
+    max_tokens = batches.MAX_BATCH_TOKENS_GPU if on_gpu else batches.MAX_BATCH_TOKENS
+    return batches.plan([datum.tokens for datum in data], max_tokens)
+
+
 def _check_converged(scored: Sequence[torch.Tensor]) -> None:
     if not all(torch.isfinite(scores).all() for scores in scored):
         raise UserInputError(
@@ -102,16 +120,12 @@ def _check_converged(scored: Sequence[torch.Tensor]) -> None:
 
 
 def _batch_logprobs(
-    batch: Batch, data: Sequence[TrainingDatum], model: BaseModel
+    batch: Batch, data: Sequence[TrainingDatum], model: AnyModel
 ) -> Sequence[torch.Tensor]:
     """Log-probabilities of each member's targets, (N,) or (N, K) float32, in one forward pass."""
     members = [data[index] for index in batch.members]
-    layout = PackedSequences(
-        batch.prefix, [len(datum.tokens) - batch.prefix for datum in members], model.device
-    )
     own = [datum.tokens[batch.prefix :] for datum in members]
-    tokens = np.concatenate([members[0].tokens[: batch.prefix], *own])  # (T,)
-    hidden = model.hidden_states(torch.from_numpy(tokens).to(model.device), layout)  # (T, H)
+    hidden = _hidden(batch.prefix, own, members[0], model)  # (T, H)
 
     targets = [datum.loss_fn_inputs["target_tokens"] for datum in members]
     asked = [  # which hidden state each target is asked of; the prefix's by every member
@@ -129,6 +143,17 @@ def _batch_logprobs(
         part.view(array.shape)
         for part, array in zip(torch.split(scores, sizes), targets, strict=True)
     ]
+
+
+def _hidden(
+    prefix: int, own: Sequence[Tokens], first: TrainingDatum, model: AnyModel
+) -> torch.Tensor:
+    """Last hidden states (T, H) of a packed row: the prefix, then each member's own tokens."""
+    if isinstance(model, VisionModel):
+        return model.read(first.tokens, first.images).hidden
+    layout = PackedSequences(prefix, [len(tokens) for tokens in own], model.device)
+    tokens = np.concatenate([first.tokens[:prefix], *own])  # (T,)
+    return model.hidden_states(torch.from_numpy(tokens).to(model.device), layout)
 
 
 def _rows(prefix: int, own: Sequence[Tokens]) -> Iterator[Tokens]:

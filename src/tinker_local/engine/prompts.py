@@ -52,17 +52,21 @@ UNREAD = Prompt((), torch.empty(0), 0)
 NO_SCORES = PromptScores()
 
 
-class Forward(Protocol):
-    """A model under an adapter: an `AdaptedDecoder`, or a `BaseModel` while one is active."""
+class Scores(Protocol):
+    """What makes logits of hidden states, under an adapter."""
 
     @property
     def device(self) -> torch.device: ...
 
-    def hidden_states(self, tokens: torch.Tensor, layout: Any) -> torch.Tensor:
-        """Last hidden states (T, H) of token ids (T,) laid out by `layout`."""
-
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores (T, vocabulary) of the next token, float32, from hidden states (T, H)."""
+
+
+class Forward(Scores, Protocol):
+    """A model under an adapter: an `AdaptedDecoder`, or a `BaseModel` while one is active."""
+
+    def hidden_states(self, tokens: torch.Tensor, layout: Any) -> torch.Tensor:
+        """Last hidden states (T, H) of token ids (T,) laid out by `layout`."""
 
 
 class _Reading(PackedSequences):
@@ -128,7 +132,7 @@ def _joined(tensor: torch.Tensor, prefix: int, own: slice, dim: int) -> torch.Te
     return torch.cat([tensor.narrow(dim, 0, prefix), part], dim) if prefix else part
 
 
-def score(op: Sample, prompt: Prompt, model: Forward) -> PromptScores:
+def score(op: Sample, prompt: Prompt, model: Scores) -> PromptScores:
     """Everything that `op` asks about its prompt."""
     size = len(op.prompt)
     first = 1 if op.prompt_logprobs_last_n is None else size - op.prompt_logprobs_last_n

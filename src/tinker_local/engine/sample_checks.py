@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from tinker_local.engine.base_model import BaseModel
+from tinker_local.engine.base_model import LanguageModel
 from tinker_local.errors import UserInputError
 from tinker_local.ops import Sample
 
@@ -18,12 +19,17 @@ SDK_NAMES = {
 }
 
 
-def check(op: Sample, model: BaseModel) -> None:
+def check(op: Sample, model: LanguageModel) -> Sample:
     """Refuse a request that cannot work.
+
+    Returns:
+        It, with the tokens of images among the prompt's others.
 
     Raises:
         UserInputError: The first argument out of range, with its value.
     """
+    prompt, images = model.laid_out(op.prompt, op.images, "The prompt")
+    op = replace(op, prompt=prompt, images=images)
     limit = model.info.max_context_length
     length = len(op.prompt)
     if not 0 < length < limit:
@@ -50,6 +56,7 @@ def check(op: Sample, model: BaseModel) -> None:
         if not is_valid:
             raise UserInputError(f"{value}: out of range.", f"Allowed: {allowed}.")
     _check_scores(op, model.vocabulary)
+    return op
 
 
 def _check_scores(op: Sample, vocabulary: int) -> None:

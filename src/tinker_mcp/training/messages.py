@@ -10,6 +10,8 @@ from tinker_mcp.training.problems import Category, Problem
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Messages = Sequence[Mapping[str, Any]]
 
+_IMAGES = ("image", "image_url", "input_image")
+
 
 def problem(place: str, messages: Any, name: str = "messages") -> Problem | None:
     """Why `messages` cannot be trained on, or None.
@@ -74,6 +76,11 @@ def _content_problem(content: Any) -> str | None:
     if not isinstance(content, list):
         return f"content is {type(content).__name__}, not text"
     for index, part in enumerate(content):
+        if isinstance(part, Mapping) and part.get("type") in _IMAGES:
+            return (
+                f"content[{index}] is an image, and tools take text only; images are trained on "
+                "with scripts/vision_training.py"
+            )
         if not _is_text_part(part):
             return f"content[{index}] is no {{type: text, text: ...}}: {str(part)[:60]!r}"
         what = text_problem(part[part["type"]])

@@ -51,6 +51,7 @@ NEAREST: Mapping[str, str] = {
 
 # Renderers tried on a model that the cookbook does not know, most specific first.
 _CANDIDATES = ("qwen3_instruct", "llama3", "qwen3", "qwen3_5", "deepseekv3")
+_VISION_CANDIDATES = ("qwen3_vl_instruct", "qwen3_vl")  # where the template shows images
 _FALLBACK = "role_colon"
 _PROBE: list[Message] = [
     {"role": "system", "content": "Be brief."},
@@ -141,7 +142,8 @@ def renderer(model_name: str, load_tokenizer: Callable[[], Any]) -> Advice:
     if getattr(tokenizer, "chat_template", None) is None:
         return Advice(_FALLBACK, "the tokenizer has no chat template")
     template = _template_tokens(tokenizer)
-    for name in _CANDIDATES:
+    shows_images = "<|image_pad|>" in str(tokenizer.chat_template)
+    for name in (*_VISION_CANDIDATES, *_CANDIDATES) if shows_images else _CANDIDATES:
         if _rendered(name, tokenizer) == template:
             return Advice(name, "equals the model's chat template token for token")
     return Advice(_FALLBACK, "no renderer equals the model's chat template")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.training import models
+from tinker_mcp.training import images, models
 from tinker_mcp.training.backend import Backend
 
 if TYPE_CHECKING:
@@ -33,6 +33,26 @@ class ModelRenderer:
     name: str
     tokenizer: Any
     renderer: Renderer
+    hub_cache: Path | None = None
+
+    def reading_images(self) -> ModelRenderer:
+        """Itself, with a renderer that has the model's image processor. Blocks.
+
+        Raises:
+            InvalidInputError: The renderer reads text only, or there is no image processor.
+        """
+        if not hasattr(self.renderer, "image_processor"):
+            raise InvalidInputError(
+                f"The renderer {self.name} of {self.model_name} reads text only.",
+                next_step="Use a model that reads images, with its recommended renderer.",
+            )
+        from tinker_cookbook.renderers import get_renderer
+
+        processor = images.processor(self.model_name, self.hub_cache)
+        renderer = get_renderer(
+            self.name, self.tokenizer, image_processor=processor, model_name=self.model_name
+        )
+        return replace(self, renderer=renderer)
 
     def supervised(
         self, messages: Sequence[Message], train_on_what: str
@@ -152,7 +172,7 @@ def load(backend: Backend, model_name: str, renderer_name: str | None) -> ModelR
             f"The renderer {name!r} cannot be used with {model_name}: {error}",
             next_step="Leave renderer out, or take the one list_models recommends.",
         ) from error
-    return ModelRenderer(model_name, name, tokenizer, renderer)
+    return ModelRenderer(model_name, name, tokenizer, renderer, backend.hub_cache)
 
 
 @lru_cache(maxsize=16)

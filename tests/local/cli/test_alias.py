@@ -13,6 +13,7 @@ import tinker
 from tinker import types
 
 from servers import LocalServer, serve_command, start_server
+from tinker_local import weights
 from tiny_data import TINY, sdk_datum, tokens_of
 
 BOUND_S = 30.0
@@ -23,14 +24,10 @@ GREEDY = types.SamplingParams(max_tokens=3, temperature=0.0, stop=[])
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """A server with a cache of its own: an alias leaves its name there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINKER_LOCAL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        server = start_server(
-            tmp_path_factory.mktemp("alias") / "state", "--alias", f"{NAME}={TINY}"
-        )
-        yield server
-        server.stop()
+    state_dir = tmp_path_factory.mktemp("alias") / "state"
+    server = start_server(state_dir, "--alias", f"{NAME}={TINY}")
+    yield server
+    server.stop()
 
 
 @pytest.fixture
@@ -79,6 +76,12 @@ def test_the_name_samples_what_the_model_samples(service: tinker.ServiceClient) 
 
     assert sampled[0].tokens == sampled[1].tokens
     assert sampled[0].logprobs == sampled[1].logprobs
+
+
+def test_to_other_servers_the_name_means_what_it_meant(server: LocalServer) -> None:
+    folder = f"models--{NAME.replace('/', '--')}"
+    assert (Path(server.env["HF_HOME"]) / "hub" / folder / "refs" / "main").exists()
+    assert not (weights.hf_home(weights.cache_dir()) / "hub" / folder).exists()
 
 
 _TOKENIZE = f"""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from engine_data import random_adapter
 
-from tinker_local.engine import lora, sample_checks, sampler
+from tinker_local.engine import growing, lora, sample_checks, sampler
 from tinker_local.engine.attention import PackedSequences
 from tinker_local.engine.base_model import BaseModel
 from tinker_local.errors import UserInputError
@@ -196,7 +196,7 @@ def test_a_stop_string_ends_the_sequence_with_the_token_that_completes_it(
 def test_a_stop_string_whose_character_has_several_tokens_is_found(model: Adapted) -> None:
     tokens = [*b"ab", *"€".encode()]
 
-    ends = [sampler._ends(_op(stop_strings=["b€"]), model.base, tokens[:n]) for n in range(1, 6)]
+    ends = [growing.ends(_op(stop_strings=["b€"]), model.base, tokens[:n]) for n in range(1, 6)]
 
     assert ends == [False, False, False, False, True]
 

@@ -164,7 +164,7 @@ def test_another_architecture_is_refused_with_the_table_of_those_served(
 
     assert caught.value.problem == (
         f"config.json in {folder} says model_type 't5'; "
-        "served are llama, mistral, qwen2, qwen3, smollm3."
+        "served are llama, mistral, qwen2, qwen3, smollm3, qwen3_vl."
     )
 
 

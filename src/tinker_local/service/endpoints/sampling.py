@@ -28,7 +28,8 @@ async def asample(request: Request) -> Response:
 
     def encode(output: SampleOutput) -> Reply:
         model, session = sampler.weights.base_model, sampler.session_id
-        read_tokens = wanted.prompt.length - output.cached_tokens
+        prompt_tokens = output.prompt_tokens or wanted.prompt.length
+        read_tokens = prompt_tokens - output.cached_tokens
         usage.add("sampling_prefill", model, read_tokens, session)
         usage.add("sampling_prefill_cached", model, output.cached_tokens, session)
         sampled = sum(len(sequence.tokens) for sequence in output.sequences)

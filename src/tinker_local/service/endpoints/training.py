@@ -31,7 +31,7 @@ async def forward_backward(request: Request) -> Response:
                 backend.sessions.model(message.model_id).failed_backward = str(error)
             raise
         model = backend.sessions.model(message.model_id)
-        tokens = sum(len(datum.tokens) for datum in op.data)
+        tokens = sum(len(logprobs) for logprobs in output.logprobs)
         usage.add("training", model.base_model, tokens, model.session_id)
         return wire.loss_reply(output)
 

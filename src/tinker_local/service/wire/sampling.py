@@ -12,6 +12,7 @@ from tinker.proto import tinker_public_pb2 as pb
 from tinker_local.errors import NotServedError
 from tinker_local.ops import (
     Floats,
+    Image,
     Sample,
     SampledSequence,
     SampleOutput,
@@ -21,6 +22,7 @@ from tinker_local.ops import (
 )
 from tinker_local.service.futures import Reply
 from tinker_local.service.wire.arrays import tensor
+from tinker_local.service.wire.images import Part, joined
 from tinker_local.service.wire.replies import PROTO
 
 TargetTokens: TypeAlias = Any
@@ -40,11 +42,12 @@ def sample_op(request: types.SampleRequest, weights: SamplerWeights) -> Sample:
             "Leave it out.",
         )
     params = request.sampling_params
+    prompt, images = joined([_part(chunk) for chunk in request.prompt.chunks])
     stop_tokens, stop_strings = _stops(params.stop)
     targets = request.target_prompt_logprobs
     return Sample(
         weights=weights,
-        prompt=_prompt(request.prompt),
+        prompt=prompt,
         num_samples=request.num_samples,
         max_tokens=params.max_tokens,
         stop_tokens=stop_tokens,
@@ -59,6 +62,7 @@ def sample_op(request: types.SampleRequest, weights: SamplerWeights) -> Sample:
         top_prompt=request.topk_prompt_logprobs,
         prompt_targets=None if targets is None else _targets(targets),
         prompt_alternatives=request.prompt_alt_tokens_k,
+        images=images,
     )
 
 
@@ -140,13 +144,21 @@ def _int64_bytes(values: Sequence[int]) -> bytes:
     return np.array(values, dtype=np.int64).tobytes()
 
 
-def _prompt(prompt: types.ModelInput) -> Tokens:
-    try:
-        return np.array(prompt.to_ints(), dtype=np.int64)
-    except ValueError:
+def _part(chunk: types.ModelInputChunk) -> Part:
+    if isinstance(chunk, types.EncodedTextChunk):
+        return np.array(chunk.tokens, dtype=np.int64)
+    if isinstance(chunk, types.ImageChunk):
+        return Image(0, chunk.data, chunk.format, chunk.expected_tokens)
+    if isinstance(chunk, types.ImageAssetPointerChunk):
         raise NotServedError(
-            "The prompt holds images or audio.", "tinker-local's models read text only."
-        ) from None
+            f"The prompt points to the image {chunk.location[:80]!r}; tinker-local fetches none.",
+            "Read the file and send it as an ImageChunk.",
+        )
+    raise NotServedError(
+        f"The prompt holds a chunk of the type {chunk.type!r}; tinker-local's models read text "
+        "only, some of them images.",
+        "Send encoded text.",
+    )
 
 
 def _stops(

@@ -12,9 +12,10 @@ from google.protobuf.message import DecodeError
 from tinker.proto import tinker_public_pb2 as pb
 
 from tinker_local.errors import NotServedError, UserInputError
-from tinker_local.ops import ForwardBackward, LossOutput, Tokens, TrainingDatum
+from tinker_local.ops import ForwardBackward, Image, LossOutput, TrainingDatum
 from tinker_local.service.futures import Reply
 from tinker_local.service.wire.arrays import array, array_records, tensor
+from tinker_local.service.wire.images import Part, joined
 from tinker_local.service.wire.replies import PROTO
 
 ForwardBackwardRequest: TypeAlias = pb.ForwardBackwardRequest
@@ -26,8 +27,7 @@ MAX_SPARSE_VALUES = 2**26
 """Of all sparse tensors of a request in dense form, 512 MiB of int64; the SDK counts their bytes
 as they are on the wire when it splits."""
 
-_NOT_TEXT: Mapping[str | None, str] = {
-    "image": "an image",
+_NOT_SERVED: Mapping[str | None, str] = {
     "dmel": "audio (dmel)",
     None: "a chunk without content",
 }
@@ -71,7 +71,7 @@ def forward_backward_op(message: ForwardBackwardRequest) -> ForwardBackward:
     Raises:
         UserInputError: Data of a wrong size or shape, naming the datum; a loss_fn_config entry
             without a value.
-        NotServedError: Images, audio or provenance spans.
+        NotServedError: Audio or provenance spans.
     """
     _check_sparse_size(message)
     return ForwardBackward(
@@ -131,17 +131,19 @@ def _datum(position: int, datum: pb.Datum) -> TrainingDatum:
         name: tensor(value, f"{place}.loss_fn_inputs[{name!r}]")
         for name, value in datum.loss_fn_inputs.items()
     }
-    return TrainingDatum(_tokens(place, datum), inputs)
+    tokens, images = joined([_part(place, chunk) for chunk in datum.model_input])
+    return TrainingDatum(tokens, inputs, images)
 
 
-def _tokens(place: str, datum: pb.Datum) -> Tokens:
-    chunks = []
-    for chunk in datum.model_input:
-        if not chunk.HasField("encoded_text"):
-            raise NotServedError(
-                f"{place} holds {_NOT_TEXT[chunk.WhichOneof('chunk')]}; tinker-local's models "
-                "read text only and have no encoder for anything else.",
-                "Send encoded text.",
-            )
-        chunks.append(array(chunk.encoded_text.tokens, np.dtype(np.int32), place))
-    return np.concatenate([np.empty(0, np.int32), *chunks]).astype(np.int64)
+def _part(place: str, chunk: pb.Chunk) -> Part:
+    if chunk.HasField("encoded_text"):
+        return array(chunk.encoded_text.tokens, np.dtype(np.int32), place)
+    if chunk.HasField("image"):
+        image = chunk.image
+        expected = image.expected_tokens if image.HasField("expected_tokens") else None
+        return Image(0, image.data, image.format, expected)
+    raise NotServedError(
+        f"{place} holds {_NOT_SERVED[chunk.WhichOneof('chunk')]}; tinker-local's models read text "
+        "only, some of them images, and have no encoder for anything else.",
+        "Send encoded text.",
+    )
