@@ -204,6 +204,10 @@ async def test_pairs_are_kept_chosen_first_and_split_as_pairs(
     assert (built["datums"], built["eval_datums"]) == (6, 2)
     assert built["example"].endswith("⟦Hello<|im_end|>⟧")
     assert 'loss_fn="dpo"' in built["next_step"]
+    assert built["next_step"].endswith(
+        f'start_run(method="dpo", data="{built["data_id"]}", base_model="{TINY}", '
+        f'eval_data="{built["eval_data_id"]}").'
+    )
 
 
 async def test_text_is_built_from_a_column_of_any_name(settings: Settings) -> None:

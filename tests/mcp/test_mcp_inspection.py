@@ -83,7 +83,9 @@ async def test_the_call_of_a_verdict_works_word_for_word(
         call = call_of(found, "sft")
         assert call == (
             f'build_datums(path="{path}", base_model="{TINY}", kind="supervised", '
-            'columns={"prompt": "question", "completion": "answer"})'
+            'columns={"prompt": "question", "completion": "answer"}) or start_run(method="sft", '
+            f'data="{path}", base_model="{TINY}", '
+            'columns={"prompt": "question", "completion": "answer"}, eval_share=0.1)'
         )
         mapping = {"prompt": "question", "completion": "answer"}
         built = await agent.call("build_datums", path=path, base_model=TINY, columns=mapping)
@@ -92,6 +94,18 @@ async def test_the_call_of_a_verdict_works_word_for_word(
     assert verdict_of(again)["sft"] == "ready"
     assert call_of(again, "sft") == call
     assert again["example"].endswith("⟦Hello<|im_end|>⟧")
+
+
+async def test_prompts_are_for_a_run_or_for_steps_by_hand(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"question": "Hi"}])
+    found = await report(Settings(roots=(tmp_path,)), path)
+    asked = f'data="{path}", base_model=..., columns={{"prompt": "question"}}, '
+    assert call_of(found, "rl").startswith(
+        f'start_run(method="rl", {asked}rl={{"reward": ...}}); or inspect_dataset('
+    )
+    assert call_of(found, "distillation").startswith(
+        f'start_run(method="distill", {asked}distill={{"teacher": ...}}); or inspect_dataset('
+    )
 
 
 async def test_every_problem_is_counted_and_named_by_its_line(
@@ -117,7 +131,7 @@ async def test_every_problem_is_counted_and_named_by_its_line(
         **{"over_length": ["line 8"], "no_reply": ["line 9"]},
     }
     assert problems["duplicate"][1] == ["line 5: the same as line 1"]
-    assert "skip_invalid=true" in call_of(found, "sft")
+    assert call_of(found, "sft").endswith("skip_invalid=true)")  # a run takes no row that is wrong
     assert found["rows"] == 12
 
 

@@ -18,7 +18,7 @@ from mcp_types import PromptReference, ResourceTemplateReference
 from tinker_mcp.server import create_server, docs
 from tinker_mcp.settings import Settings
 
-FINE_TUNE = PromptReference(type="ref/prompt", name="fine_tune")
+FINETUNE = PromptReference(type="ref/prompt", name="finetune")
 
 
 @asynccontextmanager
@@ -72,7 +72,7 @@ async def test_reading_starts_no_backend(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
-        ("tinker-mcp://docs/none", "No page 'none'; there are: errors"),
+        ("tinker-mcp://docs/none", "No page 'none'; there are: checkpoints"),
         ("tinker-mcp://clients/client-9", "not_found: No training client 'client-9'"),
         ("tinker-mcp://models/none", "No model 'none' is served"),
         ("tinker-mcp://replies/none.json", "No reply 'none.json' is kept"),
@@ -93,27 +93,46 @@ async def test_arguments_are_completed_from_what_exists(settings: Settings) -> N
         agent = Agent(client)
         client_id = await agent.new_client()
         saved = await agent.call("save_checkpoint", client_id=client_id, name="completed")
-        models = await completed(client, FINE_TUNE, "base_model", "TINKER-l")
+        models = await completed(client, FINETUNE, "base_model", "TINKER-l")
         clients = await completed(
             client,
             ResourceTemplateReference(type="ref/resource", uri="tinker-mcp://clients/{client_id}"),
             "client_id",
             "cl",
         )
-        prefer = PromptReference(type="ref/prompt", name="prefer")
-        checkpoints = await completed(client, prefer, "checkpoint", "completed")
-        paths = await completed(client, FINE_TUNE, "path", "/")
+        compare = PromptReference(type="ref/prompt", name="compare_checkpoints")
+        checkpoints = await completed(client, compare, "checkpoint", "completed")
+        others = await completed(client, compare, "other", "completed")
+        paths = await completed(client, FINETUNE, "path", "/")
     assert models == [TINY]
     assert clients == [client_id]
     assert {saved[kind] for kind in ("state", "sampler") if saved[kind]} <= set(checkpoints)
+    assert others == checkpoints
     assert paths == []
 
 
 async def test_without_a_backend_nothing_is_suggested_and_nothing_fails(tmp_path: Path) -> None:
     async with connected(Settings(home=tmp_path)) as client:
-        assert await completed(client, FINE_TUNE, "base_model", "") == []
+        assert await completed(client, FINETUNE, "base_model", "") == []
         page = ResourceTemplateReference(type="ref/resource", uri="tinker-mcp://docs/{page}")
         assert await completed(client, page, "page", "l") == ["losses", *await _with_l(client)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "argument", "typed", "values"),
+    [
+        ("plan_run", "method", "dis", ["distill", "prompt_distill"]),
+        ("review_before_spending", "method", "", ["sft", "dpo", "rl", "distill", "prompt_distill"]),
+        ("research_idea", "question", "judge", ["pairwise_judge"]),
+        ("choose_method", "goal", "a", []),
+    ],
+)
+async def test_what_a_prompt_chooses_from_is_completed(
+    tmp_path: Path, prompt: str, argument: str, typed: str, values: list[str]
+) -> None:
+    async with connected(Settings(home=tmp_path)) as client:
+        ref = PromptReference(type="ref/prompt", name=prompt)
+        assert await completed(client, ref, argument, typed) == values
 
 
 async def _with_l(client: Client) -> list[str]:

@@ -105,15 +105,23 @@ async def test_a_key_starts_one_run_however_often_it_is_given(
     settings: Settings, data: str
 ) -> None:
     async with in_memory(settings) as agent:
-        spec = {**SFT, "data": data, "steps": 1, "idempotency_key": "words of today"}
+        high = {"learning_rate": 0.5, "accept": ["learning_rate"]}
+        spec = {**SFT, **high, "data": data, "steps": 1, "idempotency_key": "words of today"}
         first = await agent.call("start_run", **spec)
         second = await agent.call("start_run", **spec)
         await ended(agent, first["run_id"])
         third = await agent.call("start_run", **spec)
+        other = await agent.error("start_run", **{**spec, "steps": 2, "rank": 8})
+        told = await agent.call("get_run", run_id=first["run_id"])
     assert {run["run_id"] for run in (second, third)} == {first["run_id"]}
     assert [run["is_new"] for run in (first, second, third)] == [True, False, False]
     assert "nothing new was started" in third["next_step"]
     assert third["state"] == "completed"
+    assert f"This idempotency_key started {first['run_id']} with other arguments: " in other
+    assert "steps=1, now 2; rank=4, now 8. Use another key for another run" in other
+    (warning,) = first["warnings"]
+    assert warning.startswith("Accepted: learning_rate=0.5 is ")
+    assert second["warnings"] == told["warnings"] == [warning]
 
 
 async def test_a_run_that_is_stopped_goes_on_where_it_saved(settings: Settings, data: str) -> None:

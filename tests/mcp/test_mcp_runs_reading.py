@@ -123,6 +123,44 @@ async def test_an_unknown_run_names_those_there_are(settings: Settings, store: R
             assert "No run 'sft-9'; the newest: sft-1. Call list_runs" in said
 
 
+async def test_a_run_is_also_meant_by_its_name_or_the_beginning_of_its_id(
+    settings: Settings, store: RunStore
+) -> None:
+    add(store, "sft-1", falling(3), state="completed")
+    async with in_memory(settings) as agent:
+        for meant in ("colours", "sft", "sft-1"):
+            for tool in ("get_run", "wait_for_run", "stop_run"):
+                assert (await agent.call(tool, run_id=meant))["run_id"] == "sft-1"
+        resumed = await agent.error("resume_run", run_id="colours", steps=2)
+        sampled = await agent.error("sample", run_id="colours", prompt="Say")
+    assert "sft-1 is complete after 3 steps" in resumed
+    assert "sft-1 (completed, step 3 of 100) has no checkpoint yet" in sampled
+
+
+async def test_a_name_that_several_runs_have_is_refused_with_their_ids(
+    settings: Settings, store: RunStore
+) -> None:
+    add(store, "sft-1", [])
+    add(store, "sft-2", [])
+    async with in_memory(settings) as agent:
+        for tool in ("get_run", "wait_for_run", "stop_run", "resume_run"):
+            said = await agent.error(tool, run_id="colours")
+            assert said == "invalid_input: 2 runs fit: sft-2, sft-1. Name one by its id."
+        said = await agent.error("sample", run_id="colours", prompt="Say")
+    assert "2 runs fit: sft-2, sft-1" in said
+
+
+async def test_a_step_that_a_run_never_comes_to_is_not_waited_for(
+    settings: Settings, store: RunStore
+) -> None:
+    add(store, "sft-1", falling(3))
+    async with in_memory(settings) as agent:
+        said = await agent.error("wait_for_run", run_id="sft-1", until="step=101")
+        last = await agent.call("wait_for_run", run_id="sft-1", until="step=100", timeout_s=0)
+    assert "sft-1 has 100 steps, so it never comes to step=101." in said
+    assert last["finished"] is False
+
+
 async def test_a_run_is_told_with_its_losses_and_what_comes_next(
     settings: Settings, store: RunStore
 ) -> None:

@@ -1,9 +1,10 @@
-"""Run the conformance suite and the Inspector; print what passes; exit 1 if anything fails.
+"""Run the conformance suite, the Inspector and mcpb; print what passes; exit 1 if anything fails.
 
     python -m tests.validators [--json FILE]
 
-The server runs twice: as it is, where the scenarios count that need no fixture; and with the
-suite's fixtures mounted on the same server object, where all count that the revision requires.
+The server runs twice: as it is, where the scenarios count that need no fixture, and those of the
+skills extension; and with the suite's fixtures mounted on the same server object, where all count
+that the revision requires.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tests.validators import conformance, inspector, node
+from tests.validators import bundle, conformance, inspector, node
 from tests.validators.conformance import REVISIONS, Outcome
 from tests.validators.fixtures import mount
 from tests.validators.serving import serving
@@ -44,7 +44,7 @@ def main(json_path: Path | None) -> None:
 
 def validated(folder: Path) -> list[dict[str, Any]]:
     """One row a scenario and an inspection: what ran, whether it counts, what failed."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for fixtures in (False, True):
         settings = Settings(home=folder / "home", roots=(folder,))
         server = create_server(settings)
@@ -55,10 +55,14 @@ def validated(folder: Path) -> list[dict[str, Any]]:
                 records = folder / f"{revision}-{fixtures}"
                 outcomes = conformance.conform(url, revision, records)
                 rows += [_row(outcome, fixtures) for outcome in outcomes]
+            if not fixtures:
+                outcomes = conformance.conform_extensions(url, folder / "extensions")
+                rows += [_extension_row(outcome) for outcome in outcomes]
     home = folder / "inspected"
     home.mkdir()
-    inspections = [inspector.inspect_stdio(home), inspector.inspect_http(home)]
-    return rows + [_inspection_row(seen) for seen in inspections]
+    inspections = [*inspector.inspect_stdio(home), *inspector.inspect_http(home)]
+    rows += [_inspection_row(seen) for seen in inspections]
+    return rows + [_bundle_row(done) for done in (bundle.validate(), bundle.pack(folder))]
 
 
 def _row(outcome: Outcome, fixtures: bool) -> dict[str, Any]:
@@ -75,11 +79,37 @@ def _row(outcome: Outcome, fixtures: bool) -> dict[str, Any]:
     }
 
 
+def _extension_row(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "run": outcome.revision,
+        "name": outcome.scenario,
+        "passed": outcome.checks_passed,
+        "counts": True,
+        "failures": outcome.failures,
+    }
+
+
 def _inspection_row(seen: inspector.Inspection) -> dict[str, Any]:
-    is_good = seen.status == 0 and seen.tools > 0
-    failures = {} if is_good else {f"exit {seen.status}": seen.summary}
-    said = {**asdict(seen), "run": "inspector --strict", "name": f"tools/list on {seen.transport}"}
-    return {**said, "passed": seen.tools, "counts": True, "failures": failures}
+    is_good = seen.status == 0 and seen.found > 0
+    return {
+        "run": "inspector",
+        "name": f"{seen.check} on {seen.transport}",
+        "passed": seen.found,
+        "counts": True,
+        "failures": {} if is_good else {f"exit {seen.status}": seen.summary},
+    }
+
+
+def _bundle_row(done: bundle.Packed) -> dict[str, Any]:
+    return {
+        "run": "mcpb",
+        "name": done.command,
+        "passed": len(done.files) or int(done.status == 0),
+        "counts": True,
+        "failures": {f"exit {done.status}": done.summary} if done.status else {},
+        "files": done.files,
+        "size_bytes": done.size_bytes,
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -35,6 +35,9 @@ NEED_NO_FIXTURE = frozenset(
 CHECKS_WITH_FIXTURE = frozenset(
     {"sep-2575-server-rejects-undeclared-capability", "sep-2575-missing-capability-http-400"}
 )
+# Of extensions, which no revision requires: the skill over MCP
+SKILLS = ("sep-2640-skills-enumeration", "sep-2640-skills-manifest", "sep-2640-skills-directory")
+EXTENSIONS = "extensions"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,16 @@ def conform(url: str, revision: str, folder: Path) -> list[Outcome]:
     if left_out:
         raise RuntimeError(f"{revision}: no record of {sorted(left_out)}: {run.stderr[-1000:]}")
     return outcomes
+
+
+def conform_extensions(url: str, folder: Path) -> list[Outcome]:
+    """Run the scenarios of the extensions that the server has."""
+    for name in SKILLS:
+        node.run("conformance", ["server", "--url", url, "--scenario", name, "-o", str(folder)])
+    records = sorted(folder.glob("*/checks.json"))
+    if len(records) != len(SKILLS):
+        raise RuntimeError(f"Only {[path.parent.name for path in records]} left a record.")
+    return [_outcome(path, EXTENSIONS, set(SKILLS)) for path in records]
 
 
 def _outcome(path: Path, revision: str, scored: set[str]) -> Outcome:

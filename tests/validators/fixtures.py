@@ -171,7 +171,11 @@ async def test_tool_with_progress(ctx: Context) -> str:
 
 async def test_sampling(prompt: str, ctx: Context) -> str:
     """Asks the client's model."""
-    said = await ctx.session.create_message([_user(prompt)], max_tokens=100)
+    # On the stream of this call: the client may not have opened the session's own yet, and what is
+    # sent there before is lost.
+    said = await ctx.session.create_message(
+        [_user(prompt)], max_tokens=100, related_request_id=ctx.request_id
+    )
     text = said.content.text if isinstance(said.content, types.TextContent) else "?"
     return f"LLM response: {text}"
 

@@ -15,6 +15,7 @@ PACKAGES = (
     "node@22",  # the Inspector wants 22.19; as a package it comes with its executable
     "@modelcontextprotocol/conformance@0.2.0-alpha.12",
     "@modelcontextprotocol/inspector@2.12.0",
+    "@anthropic-ai/mcpb@2.1.2",
 )
 INSTALL_BOUND_S = 300.0
 RUN_BOUND_S = 120.0

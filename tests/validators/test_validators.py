@@ -1,4 +1,4 @@
-"""The conformance suite and the Inspector, where Node is present."""
+"""The conformance suite, the Inspector and mcpb, where Node is present."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from tests.validators import node
+from tests.validators.conformance import EXTENSIONS, SKILLS
+from tests.validators.inspector import CHECKS
 
-BOUND_S = 240  # 30 s on two cores, once the packages are there
+BOUND_S = 300  # a minute on two cores, once the packages are there
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +64,26 @@ def test_with_the_fixtures_of_the_suite_it_conforms_in_all_to(
 
 
 @pytest.mark.timeout(600)
+def test_the_skill_over_mcp_conforms_to_its_extension(rows: list[dict[str, Any]]) -> None:
+    assert of_run(rows, EXTENSIONS) == {name: {} for name in SKILLS}
+
+
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("transport", ["stdio", "http"])
-def test_the_inspector_has_no_error_to_report_on(
-    rows: list[dict[str, Any]], transport: str
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_inspector_has_no_error_to_report_of(
+    rows: list[dict[str, Any]], check: str, transport: str
 ) -> None:
-    assert of_run(rows, "inspector --strict")[f"tools/list on {transport}"] == {}
+    assert of_run(rows, "inspector")[f"{check} on {transport}"] == {}
+
+
+@pytest.mark.timeout(600)
+def test_the_bundle_is_valid_and_holds_the_package_and_its_skill_alone(
+    rows: list[dict[str, Any]],
+) -> None:
+    assert of_run(rows, "mcpb") == {"validate": {}, "pack": {}}
+    packed = next(row for row in rows if row["name"] == "pack")
+    tops = {name.split("/")[0] for name in packed["files"]}
+    files = {"manifest.json", "pyproject.toml", "README.md", "LICENSE", "SKILL.md"}
+    assert tops == files | {"prompts", "scripts", "src"}
+    assert packed["size_bytes"] < 1_000_000

@@ -17,6 +17,7 @@ from tinker_mcp.server.boundary import StrictTool, ToolSpec, changes, destroys, 
 from tinker_mcp.server.completions import add_completions
 from tinker_mcp.server.prompts import prompts
 from tinker_mcp.server.resources import add_resources
+from tinker_mcp.server.skills import add_skill_files, extensions
 from tinker_mcp.server.tools import (
     checkpoints,
     clients,
@@ -153,10 +154,12 @@ def create_server(settings: Settings) -> MCPServer[Workspace]:
         log_level="WARNING",
         lifespan=lifespan,
         cache_hints=_CACHE_HINTS,
+        extensions=extensions(),
     )
     for prompt in prompts():
         server.add_prompt(prompt)
     add_resources(server, opened)
+    add_skill_files(server)
     add_completions(server, opened)
     return server
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from typing import get_args
 
 import anyio
 from mcp.server.mcpserver import MCPServer
@@ -15,10 +16,13 @@ from mcp_types import (
 )
 
 from tinker_mcp.errors import TinkerMcpError
+from tinker_mcp.runs.spec import Method
 from tinker_mcp.server import docs, resources
 from tinker_mcp.training.clients import Workspace
 
 MAX_VALUES = 100  # the protocol's limit
+QUESTIONS = ("base_or_instruct", "noisy_student", "pairwise_judge", "memory_rate", "humor_gan")
+"""The questions that the prompt research_idea has in its text."""
 _PATIENCE_S = 3.0  # somebody is typing
 
 Values = Callable[[Workspace], Awaitable[list[str]]]
@@ -76,10 +80,21 @@ async def _pages(workspace: Workspace) -> list[str]:
     return docs.page_names()
 
 
+async def _methods(workspace: Workspace) -> list[str]:
+    return list(get_args(Method))
+
+
+async def _questions(workspace: Workspace) -> list[str]:
+    return list(QUESTIONS)
+
+
 _VALUES: Mapping[str, Values] = {
     "client_id": _clients,
     "base_model": _models,
     "checkpoint": _checkpoints,
+    "other": _checkpoints,
     "run_id": _runs,
+    "method": _methods,
+    "question": _questions,
     "page": _pages,
 }

@@ -23,6 +23,7 @@ EXCERPT_CHARACTERS = 400
 _DOCS = Path(__file__).parents[1] / "docs"
 _TOOLS_PAGE = "tools"
 _SATURATION, _LENGTH_WEIGHT = 1.5, 0.75  # BM25's k1 and b, at their usual values
+_FRONTMATTER = re.compile(r"\A---\n.*?\n---\n\s*", re.DOTALL)
 _TITLE_WEIGHT = 3  # a word of the title counts as often
 
 
@@ -106,7 +107,7 @@ def page(name: str) -> str:
     if name == _TOOLS_PAGE:
         return _tool_reference()
     if name == "skill":
-        return folder("SKILL.md").read_text("utf-8")
+        return _FRONTMATTER.sub("", folder("SKILL.md").read_text("utf-8"))
     if name.startswith("prompt-"):
         workflow = next(w for w in workflows() if f"prompt-{w.name}" == name)
         return f"# {workflow.title}\n\n{workflow.description}\n\n{workflow.text}\n"
@@ -115,7 +116,7 @@ def page(name: str) -> str:
 
 @cache
 def index() -> Index:
-    """The index of all pages; a few milliseconds, once."""
+    """The index of all pages; some tens of milliseconds, once."""
     return Index(section for name in page_names() for section in sections(name, page(name)))
 
 

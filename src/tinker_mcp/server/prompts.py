@@ -1,7 +1,8 @@
 """The prompts: one workflow a file, in `prompts/` beside this package or at the repository's top.
 
 A file begins with frontmatter (name, title, description, arguments). In its text `{a|b|words}`
-stands for the first argument of these that was given, or else for the words.
+stands for the first argument of these that was given, or else for the words. Braces that do not
+begin with a name and end or go on with a bar, such as those of JSON, are text.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mcp_types import INVALID_PARAMS
 
 _PACKAGE = Path(__file__).parents[1]
 _FENCE = "---\n"
-_CHOICE = re.compile(r"\{([^{}]+)\}")
+_CHOICE = re.compile(r"\{([a-z]\w*(?:\|[^{}]*)?)\}")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def parsed(text: str) -> Workflow:
     """Read one file; the frontmatter is the part of YAML that these files use.
 
     Raises:
-        ValueError: It has no frontmatter, or lacks name, title or description.
+        ValueError: It has no frontmatter, lacks name, title or description, or has a place for
+            an argument that it does not have.
     """
     _, head, body = text.split(_FENCE, 2)
     top, arguments = _frontmatter(head)
@@ -110,6 +112,10 @@ def parsed(text: str) -> Workflow:
         )
         for argument in arguments
     )
+    names = {argument.name for argument in described}
+    for place in _CHOICE.finditer(body):
+        if place[1].split("|")[0] not in names:
+            raise ValueError(f"{place[0]} names no argument.")
     return Workflow(top["name"], top["title"], top["description"], described, body.strip())
 
 

@@ -194,15 +194,21 @@ def _reply(built: Built) -> BuiltDatums:
         left_out=[str(problem)[:200] for problem in built.problems[:10]],
         left_out_count=len(built.problems),
         example=train.example,
-        next_step=_NEXT[train.kind].format(model=train.base_model, data=train.data_id),
+        next_step=_NEXT[train.kind].format(
+            model=train.base_model,
+            data=train.data_id,
+            held_out=f'eval_data="{held_out.data_id}"' if held_out else "eval_share=0.1",
+        ),
     )
 
 
 _OPEN = 'Look at example, then call create_training_client(base_model="{model}")'
+_RUN = ', data="{data}", base_model="{model}", {held_out}).'
 _NEXT: dict[DatumKind, str] = {
-    "supervised": f"{_OPEN}.",
-    "text": f"{_OPEN}.",
-    "preference": _OPEN + ', then forward_backward(data_id="{data}", loss_fn="dpo").',
+    "supervised": f'{_OPEN} or start_run(method="sft"{_RUN}',
+    "text": f'{_OPEN} or start_run(method="sft"{_RUN}',
+    "preference": f'{_OPEN}, then forward_backward(data_id="{{data}}", loss_fn="dpo"); or '
+    f'start_run(method="dpo"{_RUN}',
 }
 
 

@@ -44,12 +44,24 @@ class RunWeights:
     told: str
 
 
-def newest_weights(settings: Settings, run_id: str) -> RunWeights:
-    """The newest weights of a run that can be sampled.
+def id_of(settings: Settings, text: str) -> str:
+    """The id of the run that is meant: by id, by a name that no other has, by an id's beginning.
+
+    Raises:
+        NotFoundError: None is.
+        InvalidInputError: Several are.
+    """
+    return supervisor(settings).find(text).run_id
+
+
+def newest_weights(settings: Settings, text: str) -> RunWeights:
+    """The newest weights that can be sampled, of the run that is meant.
 
     Raises:
         NotFoundError: There is no such run, or it has saved none yet.
+        InvalidInputError: Several are meant.
     """
+    run_id = id_of(settings, text)
     run = summary(settings, run_id)
     if not run.checkpoints:
         raise NotFoundError(

@@ -17,6 +17,7 @@ from mcp_types import CallToolResult, ContentBlock, ImageContent, TextContent
 from pydantic import Field, WithJsonSchema
 
 from tinker_mcp.runs.arguments import WEEK_S
+from tinker_mcp.runs.repeated import check_same
 from tinker_mcp.runs.spec import LoggerName, LrSchedule, Method, RunSpec
 from tinker_mcp.runs.states import ACTIVE, RunState
 from tinker_mcp.server.tools import run_reading
@@ -73,11 +74,11 @@ async def start_run(
     beta: Annotated[Number | None, Field(description="Of dpo.")] = None,
     rl: Annotated[
         dict[str, Any] | None,
-        Field(description="Of rl: reward or environment, ...; search_docs has all."),
+        Field(description="reward or environment, ...: search_docs."),
     ] = None,
     distill: Annotated[
         dict[str, Any] | None,
-        Field(description="Of distill, prompt_distill: teacher, mode, system_prompt: docs, runs."),
+        Field(description="teacher, mode, system_prompt: search_docs."),
     ] = None,
     save_every: Whole | None = None,
     eval_every: Whole | None = None,
@@ -94,8 +95,8 @@ async def start_run(
 ) -> StartedRun:
     """Start a training run that goes on without this call, server or host. Spends up to max_usd.
 
-    Checks everything that is free first; estimate_cost tells the price. A repeated
-    idempotency_key starts nothing. Next: wait_for_run.
+    distill learns from a teacher, prompt_distill a system prompt. Checks all that is free first;
+    estimate_cost tells the price. A repeated idempotency_key starts nothing. Next: wait_for_run.
     """
     asked = {key: value for key, value in locals().items() if key != "ctx"}
     arguments = run_arguments(asked | {"columns": columns or {}})
@@ -103,6 +104,7 @@ async def start_run(
     settings = workspace.connector.settings
     known = await run_sync(run_reading.of_key, settings, idempotency_key)
     if known is not None and known.lease is not None:
+        check_same(known, arguments)
         return await run_sync(_started, settings, known, None)
     from tinker_mcp.runs.plan import plan
 
@@ -110,7 +112,8 @@ async def start_run(
     if planned is None:
         return StartedRun(finished=False, next_step=STILL_RUNNING.format(tool="start_run"))
     began = time.time()
-    row = await run_sync(run_reading.supervisor(settings).start, planned, idempotency_key)
+    start = partial(run_reading.supervisor(settings).start, planned, idempotency_key, arguments)
+    row = await run_sync(start)
     return await run_sync(_started, settings, row, planned if row.created_at >= began else None)
 
 
@@ -143,6 +146,7 @@ async def get_run(
 ) -> Annotated[CallToolResult, RunDetails]:
     """Show a run: state, losses, speed, cost, time left, checkpoints, warnings, series. Free."""
     settings = workspace_of(ctx).connector.settings
+    run_id = await run_sync(run_reading.id_of, settings, run_id)
     found = await run_sync(
         run_reading.details, settings, run_id, metrics, points, log_lines, transcripts
     )
@@ -168,7 +172,9 @@ async def wait_for_run(
 
     deadline = time.monotonic() + timeout_s
     settings, goal = workspace_of(ctx).connector.settings, Until.parse(until)
+    run_id = await run_sync(run_reading.id_of, settings, run_id)
     first = look = await run_sync(run_reading.look, settings, run_id, None)
+    goal.check_reachable(first.row)
     reported = -1
     while not (is_met := goal.is_met(look.state, look.row.step, look.news)) and not look.news:
         if look.row.step > max(reported, first.row.step):
@@ -190,6 +196,7 @@ async def stop_run(
 ) -> RunMoved:
     """Stop a run after the steps that are on their way. resume_run goes on with it."""
     settings = workspace_of(ctx).connector.settings
+    run_id = await run_sync(run_reading.id_of, settings, run_id)
     stop = partial(run_reading.supervisor(settings).stop, run_id, save=save)
     await run_sync(stop)
     return moved(await run_sync(run_reading.summary, settings, run_id))
@@ -204,6 +211,7 @@ async def resume_run(
 ) -> RunMoved:
     """Go on with a stopped, failed or crashed run from its last checkpoint. Spends."""
     settings = workspace_of(ctx).connector.settings
+    run_id = await run_sync(run_reading.id_of, settings, run_id)
     resume = partial(
         run_reading.supervisor(settings).resume,
         run_id,
