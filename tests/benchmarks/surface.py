@@ -5,8 +5,10 @@
 
 Starting: both servers are started as a host does it, over stdio, in turns; medians. A cold start
 reads files that a second one finds in memory, so a first pair is not counted. Steps: the same
-datums through MCP (a server process, stdio) and by the tinker SDK in this process, in turns, on one
-`tinker-local serve` of the tiny model; the number of datums makes a step last about 100 ms.
+datums through MCP and by the tinker SDK in this process, in turns, on one `tinker-local serve` of
+the tiny model; the number of datums makes a step last about 100 ms. The host is lines of JSON on
+the server's pipes: what a host takes for itself (the mcp package's Python client a millisecond or
+two a call) is not the server's.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ import psutil
 
 if TYPE_CHECKING:
     import tinker
-    from mcp.client import Client
 
     from tests.servers import LocalServer
 
@@ -42,6 +43,11 @@ TINY = "tinker-local/tiny"
 DATUM_CHARACTERS = 128  # the tiny model's tokens are bytes
 STEP_S = 0.1
 LEARNING_RATE = 1e-4
+HELLO = {
+    "protocolVersion": "2025-06-18",
+    "capabilities": {},
+    "clientInfo": {"name": "benchmark", "version": "0"},
+}
 BOUND_S = 60.0
 MB = 2**20
 
@@ -77,7 +83,19 @@ class Start:
 def start(arguments: Sequence[str], home: Path) -> Start:
     """Start a server as a host does, list its tools and end it by closing its input."""
     began = time.perf_counter()
-    process = subprocess.Popen(
+    host = Host(arguments, home)
+    try:
+        initialize_s = time.perf_counter() - began
+        tools = host.request("tools/list", {})["tools"]
+        list_s = time.perf_counter() - began
+        return Start(initialize_s, list_s, host.resident_bytes, tools)
+    finally:
+        host.end()
+
+
+def spawned(arguments: Sequence[str], home: Path) -> subprocess.Popen[bytes]:
+    """A server process as a host starts one."""
+    return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
         env=_environment(home),
@@ -85,25 +103,6 @@ def start(arguments: Sequence[str], home: Path) -> Start:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
-    with process:
-        try:
-            hello = {
-                "protocolVersion": "2025-06-18",
-                "capabilities": {},
-                "clientInfo": {"name": "benchmark", "version": "0"},
-            }
-            _answer(process, 1, "initialize", hello)
-            initialize_s = time.perf_counter() - began
-            _send(process, {"method": "notifications/initialized"})
-            tools = _answer(process, 2, "tools/list", {})["tools"]
-            list_s = time.perf_counter() - began
-            resident = psutil.Process(process.pid).memory_info().rss
-            assert process.stdin is not None
-            process.stdin.close()
-            process.wait(BOUND_S)
-        finally:
-            process.kill()
-    return Start(initialize_s, list_s, resident, tools)
 
 
 def _answer(
@@ -183,39 +182,66 @@ def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
+class Host:
+    """A server process, and calls of its tools by lines of JSON."""
+
+    def __init__(self, arguments: Sequence[str], home: Path) -> None:
+        self._process = spawned(arguments, home)
+        self._sent = 0
+        self.request("initialize", HELLO)
+        _send(self._process, {"method": "notifications/initialized"})
+
+    def request(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        """The result of a request."""
+        self._sent += 1
+        return _answer(self._process, self._sent, method, params)
+
+    def call(self, tool: str, **arguments: Any) -> dict[str, Any]:
+        """A tool's structured reply.
+
+        Raises:
+            RuntimeError: It is an error, or has not finished.
+        """
+        reply = self.request("tools/call", {"name": tool, "arguments": arguments})
+        found = reply.get("structuredContent")
+        if reply.get("isError") or found is None or not found.get("finished", True):
+            raise RuntimeError(f"{tool}: {reply['content']}")
+        return dict(found)
+
+    @property
+    def resident_bytes(self) -> int:
+        return int(psutil.Process(self._process.pid).memory_info().rss)
+
+    def end(self) -> None:
+        """Close its input, and wait until it has ended."""
+        with self._process as process:
+            try:
+                assert process.stdin is not None
+                process.stdin.close()
+                process.wait(BOUND_S)
+            finally:
+                process.kill()
+
+
 class ThroughMcp:
     """forward_backward and optim_step as an agent calls them."""
 
-    def __init__(self, client: Client, client_id: str, data_id: str) -> None:
-        self._client = client
-        self._handles = {"client_id": client_id, "data_id": data_id}
-
-    @classmethod
-    async def open(cls, client: Client, texts: list[str]) -> ThroughMcp:
-        opened = await cls._call(client, "create_training_client", base_model=TINY, seed=0)
+    def __init__(self, host: Host, texts: list[str]) -> None:
+        self._host = host
+        opened = host.call("create_training_client", base_model=TINY, seed=0)
         rows = [{"text": text} for text in texts]
-        built = await cls._call(
-            client, "build_datums", base_model=TINY, conversations=rows, kind="text"
-        )
-        return cls(client, opened["client_id"], built["data_id"])
+        built = host.call("build_datums", base_model=TINY, conversations=rows, kind="text")
+        self._client_id = opened["client_id"]
+        self._data_id = built["data_id"]
 
     async def in_turn(self) -> None:
-        await self._call(self._client, "forward_backward", **self._handles)
-        client_id = self._handles["client_id"]
-        rate = LEARNING_RATE
-        await self._call(self._client, "optim_step", client_id=client_id, learning_rate=rate)
+        self._host.call("forward_backward", client_id=self._client_id, data_id=self._data_id)
+        self._host.call("optim_step", client_id=self._client_id, learning_rate=LEARNING_RATE)
 
     async def together(self) -> None:
         optim = {"learning_rate": LEARNING_RATE}
-        await self._call(self._client, "forward_backward", **self._handles, optim=optim)
-
-    @staticmethod
-    async def _call(client: Client, tool: str, **arguments: Any) -> dict[str, Any]:
-        reply = await client.call_tool(tool, arguments)
-        found = reply.structured_content
-        if reply.is_error or found is None or not found.get("finished", True):
-            raise RuntimeError(f"{tool}: {reply.content}")
-        return dict(found)
+        handles = {"client_id": self._client_id, "data_id": self._data_id}
+        self._host.call("forward_backward", **handles, optim=optim)
 
 
 class SdkAlone:
@@ -254,10 +280,10 @@ def _datum(text: str) -> tinker.Datum:
 
 async def measure_steps(rounds: int, home: Path) -> list[Row]:
     """Take the same steps on both sides, in turns."""
-    async with _both_sides(home) as (server_client, trainer):
+    async with _both_sides(home) as (host, trainer):
         count = await _datums_a_step(trainer)
         texts = _texts(count)
-        mcp, sdk = await ThroughMcp.open(server_client, texts), SdkAlone(trainer, texts)
+        mcp, sdk = ThroughMcp(host, texts), SdkAlone(trainer, texts)
         ours, alone = await _medians([mcp.in_turn, sdk.in_turn], rounds)
         joined, joined_alone = await _medians([mcp.together, sdk.together], rounds)
     return [
@@ -269,22 +295,20 @@ async def measure_steps(rounds: int, home: Path) -> list[Row]:
 
 
 @contextlib.asynccontextmanager
-async def _both_sides(home: Path) -> AsyncIterator[tuple[Client, tinker.TrainingClient]]:
+async def _both_sides(home: Path) -> AsyncIterator[tuple[Host, tinker.TrainingClient]]:
     import tinker
-    from mcp.client import Client
-    from mcp.client.stdio import StdioServerParameters, stdio_client
 
     from tests.servers import start_server
 
     backend: LocalServer = start_server(home / "local", model=TINY)
-    parameters = StdioServerParameters(
-        command=sys.executable, args=list(OURS), cwd=ROOT, env=_environment(home)
-    )
     try:
         with tinker.ServiceClient(base_url=backend.base_url, api_key=backend.api_key) as service:
             trainer = await service.create_lora_training_client(TINY, rank=32, seed=0)
-            async with Client(stdio_client(parameters)) as client:
-                yield client, trainer
+            host = Host(OURS, home)
+            try:
+                yield host, trainer
+            finally:
+                host.end()
     finally:
         backend.stop()
 
