@@ -11,9 +11,9 @@ import argparse
 from typing import Any
 
 import tinker
-from _backend import CONVERSATIONS, checked, examples, main, open_model, parser, tell, tokens
 from tinker_cookbook.supervised.data import conversation_to_datum
 
+from tinker_mcp import scripting
 from tinker_mcp.errors import InvalidInputError
 from tinker_mcp.training import sessions
 
@@ -21,7 +21,7 @@ ACTIONS = ("demo", "list", "set-ttl", "publish", "unpublish", "delete")
 
 
 def parsed() -> argparse.Namespace:
-    options = parser(__doc__)
+    options = scripting.parser(__doc__)
     options.add_argument("action", nargs="?", choices=ACTIONS, default="demo")
     options.add_argument(
         "--path", help="tinker://RUN/weights/NAME; needed by all but demo and list"
@@ -34,12 +34,12 @@ def parsed() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    checked(args, "steps", rate=args.learning_rate)
+    scripting.checked(args, "steps", rate=args.learning_rate)
     if args.action not in ("demo", "list") and not args.path:
         raise InvalidInputError(f"{args.action} needs --path.", next_step="See the action list.")
     if args.ttl_s is not None and args.ttl_s < 3600:
         raise InvalidInputError(f"--ttl-s {args.ttl_s} is below 3600.", next_step="Give more.")
-    opened = open_model(args.base_model)
+    opened = scripting.open_model(args.base_model)
     if args.action == "demo":
         return demo(args, opened)
     rest = sessions.rest_client(opened.backend)
@@ -53,19 +53,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         changes[args.action]().result()
     found = rest.list_user_checkpoints(limit=100).result().checkpoints
     for checkpoint in found:
-        tell(checkpoint.tinker_path, checkpoint.size_bytes, checkpoint.expires_at)
+        scripting.tell(checkpoint.tinker_path, checkpoint.size_bytes, checkpoint.expires_at)
     return {
-        **{"backend": opened.backend.label, "action": args.action, "usd": 0.0},
+        "backend": opened.backend.label,
+        "action": args.action,
+        "usd": 0.0,
         "checkpoints": [checkpoint.model_dump(mode="json") for checkpoint in found],
     }
 
 
 def demo(args: argparse.Namespace, opened: Any) -> dict[str, Any]:
-    renderer = opened.model.renderer
-    batch = [conversation_to_datum(c.messages, renderer, 256) for c in examples(CONVERSATIONS)[:4]]
-    billed = tokens(batch) * (args.steps + 5)
-    plan = opened.facts() | {"tokens": billed, "usd": opened.usd(train=billed)}
-    tell("plan:", plan)
+    rows = scripting.examples(scripting.example_data())[:4]
+    batch = [conversation_to_datum(row.messages, opened.model.renderer, 256) for row in rows]
+    billed = scripting.tokens(batch) * (args.steps + 5)
+    plan = opened.plan(tokens=billed, usd=opened.usd(train=billed))
     if args.dry_run:
         return plan
 
@@ -86,9 +87,10 @@ def demo(args: argparse.Namespace, opened: Any) -> dict[str, Any]:
 
     client = service.create_lora_training_client(args.base_model, seed=args.seed).result()
     train(client, args.steps)
-    state = client.save_state("demo", ttl_seconds=3600).result().path  # weights and optimizer
+    saving = client.save_state("demo", ttl_seconds=3600)  # weights and optimizer
     sampler = client.save_weights_for_sampler("demo", ttl_seconds=3600).result().path
-    tell("saved", state, "and", sampler)
+    state = saving.result().path
+    scripting.tell("saved", state, "and", sampler)
     train(client, 1)
     resumed = service.create_training_client_from_state_with_optimizer(state).result()
     train(resumed, 1)
@@ -99,7 +101,8 @@ def demo(args: argparse.Namespace, opened: Any) -> dict[str, Any]:
     sampling = service.create_sampling_client(model_path=sampler).result()
     [sequence] = sampling.sample(prompt, 1, params).result().sequences
     return plan | {
-        **{"state_path": state, "sampler_path": sampler},
+        "state_path": state,
+        "sampler_path": sampler,
         "loss_gone_on": loss(client),
         "loss_resumed_with_optimizer": loss(resumed),  # the same
         "loss_resumed_from_weights": loss(restarted),  # another
@@ -108,4 +111,4 @@ def demo(args: argparse.Namespace, opened: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(run, parsed())
+    scripting.main(run, parsed())

@@ -14,24 +14,19 @@ from typing import Any
 
 import tinker
 import torch
-from _backend import CONVERSATIONS, checked, examples, main, open_model, parser, tell, tokens
 from tinker_cookbook.supervised.data import conversation_to_datum
 
+from tinker_mcp import scripting
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.training import models
 from tinker_mcp.training.loop import batch_of
 
 
 def parsed() -> argparse.Namespace:
-    options = parser(__doc__)
-    options.add_argument("--data", type=Path, default=CONVERSATIONS, help="128 conversations")
+    options = scripting.training_parser(__doc__, steps=8, learning_rate=None, name="custom-loss")
+    options.add_argument("--data", type=Path, help="default: 128 conversations of the cookbook")
     options.add_argument("--gamma", type=float, default=1.0, help="0 up; how little ease counts")
-    options.add_argument("--steps", type=int, default=8)
     options.add_argument("--batch-size", type=int, default=4, help="conversations a step")
-    options.add_argument("--learning-rate", type=float, help="default: the cookbook's advice")
     options.add_argument("--max-length", type=int, default=512, help="tokens; longer ones are cut")
-    options.add_argument("--name", default="custom-loss", help="of the checkpoint")
-    options.add_argument("--seed", type=int, default=0)
     return options.parse_args()
 
 
@@ -58,34 +53,36 @@ def focal(gamma: float) -> Callable[..., tuple[torch.Tensor, dict[str, float]]]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    rate = args.learning_rate or float(models.learning_rate(args.base_model).value)
-    checked(args, "steps", "batch_size", rate=rate)
+    rate = scripting.learning_rate(args)
+    scripting.checked(args, "steps", "batch_size", "rank", rate=rate)
     if args.gamma < 0:
         raise InvalidInputError(f"--gamma {args.gamma} is below 0.", next_step="Try 1.")
-    conversations = examples(args.data)
-    opened = open_model(args.base_model)
-    datums = [
-        conversation_to_datum(c.messages, opened.model.renderer, args.max_length)
-        for c in conversations
-    ]
+    rows = scripting.examples(args.data or scripting.example_data())
+    opened = scripting.open_model(args.base_model)
+    renderer = opened.model.renderer
+    datums = [conversation_to_datum(row.messages, renderer, args.max_length) for row in rows]
     batches = [batch_of(datums, args.batch_size, step, args.seed) for step in range(args.steps)]
-    billed = 2 * sum(map(tokens, batches)) + 3 * tokens(batches[0])
-    plan = opened.facts() | {
-        **{"gamma": args.gamma, "steps": args.steps, "learning_rate": rate},
-        **{"tokens": billed, "usd": opened.usd(train=billed)},
-    }
-    tell("plan:", plan)
+    billed = 2 * sum(map(scripting.tokens, batches)) + scripting.tokens(batches[0])
+    plan = opened.plan(
+        gamma=args.gamma,
+        steps=args.steps,
+        learning_rate=rate,
+        tokens=billed,
+        usd=opened.usd(train=billed),
+    )
     if args.dry_run:
         return plan
 
-    client = opened.service().create_lora_training_client(args.base_model, seed=args.seed).result()
+    service = opened.service()
+    opening = service.create_lora_training_client(args.base_model, rank=args.rank, seed=args.seed)
+    client = opening.result()
 
     # On one batch, before any step: with gamma 0 it must be what the service computes itself.
     theirs = client.forward(batches[0], "cross_entropy").result()
     logprobs = [found["logprobs"].to_torch() for found in theirs.loss_fn_outputs]
     ours, _ = focal(0.0)(batches[0], logprobs)
     difference = abs(float(ours) - theirs.metrics["loss:sum"])
-    tell(f"gamma 0 against cross_entropy: they differ by {difference:.1e}")
+    scripting.tell(f"gamma 0 against cross_entropy: they differ by {difference:.1e}")
 
     def submit(step: int) -> tuple[Any, Any]:
         adam = tinker.AdamParams(learning_rate=rate * (1 - step / args.steps))
@@ -95,15 +92,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     metrics = []
     requests = submit(0)
     for step in range(args.steps):
-        upcoming = submit(step + 1) if step + 1 < args.steps else None  # before this is awaited
+        upcoming = submit(step + 1) if step + 1 < args.steps else ()  # before this is awaited
         output, _ = (request.result() for request in requests)
         metrics.append({name: output.metrics[name] for name in ("nll", "focal")})
-        tell(f"step {step + 1}/{args.steps} ", metrics[-1])
-        requests = upcoming or requests
-    saved = client.save_weights_for_sampler(args.name, ttl_seconds=604_800).result()
-    found = {"difference_from_cross_entropy": difference, "sampler_path": saved.path}
-    return plan | {"metrics": metrics} | found
+        scripting.tell(f"step {step + 1}/{args.steps} ", metrics[-1])
+        requests = upcoming
+    found = {"difference_from_cross_entropy": difference, "metrics": metrics}
+    return plan | found | scripting.saved(client, args.name)
 
 
 if __name__ == "__main__":
-    main(run, parsed())
+    scripting.main(run, parsed())

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import tinker
-from _backend import CONVERSATIONS, checked, examples, main, open_model, parser, tell, tokens
 from tinker_cookbook.supervised.data import conversation_to_datum
 
+from tinker_mcp import scripting
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.training import models
 from tinker_mcp.training.datasets import split
 from tinker_mcp.training.loop import batch_of
 
@@ -26,44 +25,43 @@ PROMPT = (
 
 
 def parsed() -> argparse.Namespace:
-    options = parser(__doc__)
+    options = scripting.training_parser(
+        __doc__, steps=16, learning_rate=None, name="prompt-distilled"
+    )
     options.add_argument("--prompt", type=Path, help="a text file; default: an old sailor")
-    options.add_argument("--data", type=Path, default=CONVERSATIONS, help="whose questions to take")
+    options.add_argument("--data", type=Path, help="whose questions; default: the cookbook's")
     options.add_argument("--questions", type=int, default=48)
     options.add_argument("--max-tokens", type=int, default=40, help="of an answer")
-    options.add_argument("--steps", type=int, default=16)
     options.add_argument("--batch-size", type=int, default=8, help="answers a step")
-    options.add_argument("--learning-rate", type=float, help="default: the cookbook's advice")
-    options.add_argument("--name", default="prompt-distilled", help="of the checkpoint")
-    options.add_argument("--seed", type=int, default=0)
     return options.parse_args()
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    rate = args.learning_rate or float(models.learning_rate(args.base_model).value)
-    checked(args, "questions", "max_tokens", "steps", "batch_size", rate=rate)
+    rate = scripting.learning_rate(args)
+    scripting.checked(args, "questions", "max_tokens", "steps", "batch_size", "rank", rate=rate)
     if args.prompt and not args.prompt.is_file():
         raise InvalidInputError(f"There is no file {args.prompt}.", next_step="Give another.")
     text = args.prompt.read_text().strip() if args.prompt else PROMPT
     system = {"role": "system", "content": text}
     asked = [
         [message for message in one.messages if message["role"] == "user"][:1]
-        for one in examples(args.data)
+        for one in scripting.examples(args.data or scripting.example_data())
     ]
     questions = [question for question in asked if question][: args.questions]
-    opened = open_model(args.base_model)
+    opened = scripting.open_model(args.base_model)
     model = opened.model
     prompts = [model.prompt([system, *question]) for question in questions]
     prefill = sum(prompt.length for prompt in prompts)
     sampled = (len(prompts) + 3) * args.max_tokens  # at most
     longest = max(prompt.length for prompt in prompts) + args.max_tokens
     trained = args.steps * args.batch_size * longest  # at most
-    plan = opened.facts() | {
-        **{"questions": len(questions), "steps": args.steps, "learning_rate": rate},
-        **{"tokens_max": prefill + sampled + trained},
-        **{"usd_max": opened.usd(trained, prefill, sampled)},
-    }
-    tell("plan:", plan)
+    plan = opened.plan(
+        questions=len(questions),
+        steps=args.steps,
+        learning_rate=rate,
+        tokens_max=prefill + sampled + trained,
+        usd_max=opened.usd(trained, prefill, sampled),
+    )
     if args.dry_run:
         return plan
 
@@ -72,7 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     base = service.create_sampling_client(base_model=args.base_model).result()
     requests = [base.sample(prompt, 1, params) for prompt in prompts]  # all before the first wait
     answers = [model.answer(request.result().sequences[0].tokens)[0] for request in requests]
-    tell(f"{len(answers)} answers; the first: {answers[0]!r}")
+    scripting.tell(f"{len(answers)} answers; the first: {answers[0]!r}")
     lessons = [
         [*question, {"role": "assistant", "content": answer}]  # the prompt is left out
         for question, answer in zip(questions, answers, strict=True)
@@ -82,7 +80,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         [conversation_to_datum(messages, model.renderer, None) for messages in side]
         for side in (learnt, held_out)
     )
-    client = service.create_lora_training_client(args.base_model, seed=args.seed).result()
+    opening = service.create_lora_training_client(args.base_model, rank=args.rank, seed=args.seed)
+    client = opening.result()
 
     def submit(step: int) -> tuple[Any, Any]:
         batch = batch_of(train, args.batch_size, step, args.seed)
@@ -93,25 +92,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     losses = []
     pending = submit(0)
     for step in range(args.steps):
-        upcoming = submit(step + 1) if step + 1 < args.steps else None  # before this is awaited
+        upcoming = submit(step + 1) if step + 1 < args.steps else ()  # before this is awaited
         output, _ = (request.result() for request in pending)
         losses.append(output.metrics["loss:sum"] / args.batch_size)  # an answer's weights sum to 1
-        tell(f"step {step + 1}/{args.steps}  nll {losses[-1]:.4f}")
-        pending = upcoming or pending
+        scripting.tell(f"step {step + 1}/{args.steps}  nll {losses[-1]:.4f}")
+        pending = upcoming
     after = client.forward(test, "cross_entropy")
-    saved = client.save_weights_for_sampler(args.name, ttl_seconds=604_800).result()
-    distilled = service.create_sampling_client(model_path=saved.path).result()
+    paths = scripting.saved(client, args.name)
+    distilled = service.create_sampling_client(model_path=paths["sampler_path"]).result()
     asking = [distilled.sample(model.prompt(one[:-1]), 1, params) for one in held_out[:3]]
     shown = [model.answer(request.result().sequences[0].tokens)[0] for request in asking]
     for question, answer in zip(held_out, shown, strict=False):
-        tell(f"{question[0]['content']} -> {answer!r}")
-    return plan | {
-        **{"losses": losses, "trained_tokens": tokens(train)},
+        scripting.tell(f"{question[0]['content']} -> {answer!r}")
+    found = {
+        "losses": losses,
         "held_out_nll_before": before.result().metrics["loss:sum"] / len(test),
         "held_out_nll_after": after.result().metrics["loss:sum"] / len(test),
-        **{"answers_without_prompt": shown, "sampler_path": saved.path},
+        "answers_without_prompt": shown,
     }
+    return plan | found | paths
 
 
 if __name__ == "__main__":
-    main(run, parsed())
+    scripting.main(run, parsed())

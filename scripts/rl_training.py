@@ -1,139 +1,124 @@
 """Reinforcement learning with verifiable rewards: groups of answers, each against its group's mean.
 
-The task is addition, its reward 1 for the right number and up to 0.1 for digits alone. For a task
-of your own change `problems` and `reward`. A reward that is equal for all of a group teaches
-nothing.
+The task is addition, its reward 1 for the right number and up to 0.1 for digits alone; accuracy is
+measured on sums that are never trained on, in neither order. For a task of your own change
+`problems` and `reward`. A reward that is equal for all of a group teaches nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import itertools
 import re
 import statistics
 from typing import Any
 
-import numpy as np
 import tinker
-from _backend import answer_datum, checked, main, open_model, parser, tell
 
+from tinker_mcp import scripting
+from tinker_mcp.training import models
+from tinker_mcp.training.datasets import split
+from tinker_mcp.training.loop import batch_of
+
+Problem = tuple[int, int]
 SHOT = [{"role": "user", "content": "2 + 1 ="}, {"role": "assistant", "content": "3"}]
 
 
 def parsed() -> argparse.Namespace:
-    options = parser(__doc__)
-    options.add_argument("--steps", type=int, default=15)
+    options = scripting.training_parser(__doc__, steps=15, learning_rate=1e-4, name="rl")
     options.add_argument("--groups", type=int, default=4, help="problems a step")
     options.add_argument("--group-size", type=int, default=8, help="answers to each problem")
     options.add_argument("--largest", type=int, default=9, help="number in a problem")
+    options.add_argument("--eval-share", type=float, default=0.25, help="of the problems")
     options.add_argument("--max-tokens", type=int, default=8)
-    options.add_argument("--learning-rate", type=float, default=1e-4)
     options.add_argument("--loss", choices=("importance_sampling", "ppo"), default="ppo")
-    options.add_argument("--held-out", type=int, default=32, help="problems, for accuracy")
-    options.add_argument("--rank", type=int, default=32)
-    options.add_argument("--name", default="rl", help="of the checkpoint")
-    options.add_argument("--seed", type=int, default=0)
     return options.parse_args()
 
 
-def problems(count: int, largest: int, draw: random.Random) -> list[tuple[str, int]]:
-    pairs = [(draw.randint(1, largest), draw.randint(1, largest)) for _ in range(count)]
-    return [(f"{a} + {b} =", a + b) for a, b in pairs]
+def problems(largest: int, eval_share: float, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Those to train on and those to measure with; a + b and b + a are on one side."""
+    pairs = [(a, b) for a in range(1, largest + 1) for b in range(a, largest + 1)]
+    train, test = split(pairs, eval_share, seed)
+    return train + [(b, a) for a, b in train if a < b], test + [(b, a) for a, b in test if a < b]
 
 
-def reward(text: str, answer: int) -> float:
-    digits = sum(character.isdigit() for character in text) / max(len(text), 1)
-    return float(re.findall(r"\d+", text)[-1:] == [str(answer)]) + 0.1 * digits
-
-
-def drift(data: list[tinker.Datum], output: tinker.ForwardBackwardOutput) -> float:
-    """Mean log-probability of the sampler less that of the trainer: below 0.01 when all is well."""
-    pairs = zip(data, output.loss_fn_outputs, strict=True)
-    differences = [
-        (d.loss_fn_inputs["logprobs"].to_numpy() - found["logprobs"].to_numpy())[
-            d.loss_fn_inputs["advantages"].to_numpy() != 0
-        ]
-        for d, found in pairs
-    ]
-    return float(np.concatenate(differences).mean())
+def reward(text: str, problem: Problem) -> float:
+    is_right = re.findall(r"\d+", text)[-1:] == [str(sum(problem))]
+    return is_right + 0.1 * sum(map(str.isdigit, text)) / max(len(text), 1)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    checked(args, "steps", "groups", "group_size", "max_tokens", rate=args.learning_rate)
-    opened = open_model(args.base_model)
-    model, draw = opened.model, random.Random(args.seed)
+    counts = ("steps", "groups", "group_size", "max_tokens", "rank")
+    rate = scripting.learning_rate(args, models.rl_learning_rate())
+    scripting.checked(args, *counts, rate=rate)
+    train, test = problems(args.largest, args.eval_share, args.seed)
+    batches = [batch_of(train, args.groups, step, args.seed) for step in range(args.steps)]
+    opened = scripting.open_model(args.base_model)
+    model = opened.model
 
-    def prompt_of(question: str) -> tinker.ModelInput:
-        return model.prompt([*SHOT, {"role": "user", "content": question}])
+    def prompt_of(problem: Problem) -> tinker.ModelInput:
+        a, b = problem
+        return model.prompt([*SHOT, {"role": "user", "content": f"{a} + {b} ="}])
 
-    held_out = problems(args.held_out, args.largest, draw)
     answers = args.steps * args.groups * args.group_size
-    length = prompt_of(f"{args.largest} + {args.largest} =").length
-    prefill = (args.steps * args.groups + 2 * args.held_out) * length
-    sampled = (answers + 2 * args.held_out) * args.max_tokens  # at most
+    length = max(prompt_of(problem).length for problem in train)
+    prefill = (args.steps * args.groups + 2 * len(test)) * length
+    sampled = (answers + 2 * len(test)) * args.max_tokens  # at most
     trained = answers * (length + args.max_tokens)
-    plan = opened.facts() | {
-        **{"steps": args.steps, "answers": answers, "tokens_max": prefill + sampled + trained},
-        **{"usd_max": opened.usd(trained, prefill, sampled)},
-    }
-    tell("plan:", plan)
+    plan = opened.plan(
+        steps=args.steps,
+        answers=answers,
+        learning_rate=rate,
+        tokens_max=prefill + sampled + trained,
+        usd_max=opened.usd(trained, prefill, sampled),
+    )
     if args.dry_run:
         return plan
 
-    client = (
-        opened.service()
-        .create_lora_training_client(args.base_model, rank=args.rank, seed=args.seed)
-        .result()
-    )
-    params = tinker.SamplingParams(max_tokens=args.max_tokens, stop=model.stop())  # temperature 1
-    greedy = tinker.SamplingParams(max_tokens=args.max_tokens, stop=model.stop(), temperature=0.0)
-    adam = tinker.AdamParams(learning_rate=args.learning_rate)
+    service = opened.service()
+    opening = service.create_lora_training_client(args.base_model, rank=args.rank, seed=args.seed)
+    client = opening.result()
+    adam = tinker.AdamParams(learning_rate=rate)
 
-    def sampled_from(sampler: tinker.SamplingClient, asked: Any, count: int, how: Any) -> Any:
-        requests = [sampler.sample(prompt_of(question), count, how) for question, _ in asked]
-        return [request.result().sequences for request in requests]  # all submitted, then awaited
+    def answered(asked: list[Problem], count: int, temperature: float) -> tuple[Any, Any]:
+        """Answers to each problem, and their rewards; all are asked for before the first wait."""
+        params = tinker.SamplingParams(
+            max_tokens=args.max_tokens, stop=model.stop(), temperature=temperature
+        )
+        requests = [sampler.sample(prompt_of(problem), count, params) for problem in asked]
+        sequences_PG = [request.result().sequences for request in requests]
+        return sequences_PG, [
+            [reward(model.answer(sequence.tokens)[0], problem) for sequence in sequences_G]
+            for problem, sequences_G in zip(asked, sequences_PG, strict=True)
+        ]
 
-    def accuracy(sampler: tinker.SamplingClient) -> float:
-        found = sampled_from(sampler, held_out, 1, greedy)
-        pairs = zip(found, held_out, strict=True)
-        is_right = [reward(model.answer(s.tokens)[0], a) >= 1 for [s], (_, a) in pairs]
-        return statistics.fmean(is_right)
+    def accuracy() -> float:
+        return statistics.fmean(first >= 1 for [first] in answered(test, 1, 0.0)[1])
 
     sampler = client.save_weights_and_get_sampling_client().result()
-    before = accuracy(sampler)
+    before = accuracy()
+    scripting.tell(f"accuracy before: {before:.3f} of {len(test)} problems")
     metrics = []
-    for step in range(args.steps):
-        batch = problems(args.groups, args.largest, draw)
-        data, all_rewards, constant = [], [], 0
-        answered = sampled_from(sampler, batch, args.group_size, params)
-        for (question, answer), sequences_G in zip(batch, answered, strict=True):
-            rewards_G = np.array([reward(model.answer(s.tokens)[0], answer) for s in sequences_G])
-            advantages_G = rewards_G - rewards_G.mean()
-            all_rewards.append(rewards_G.mean())
-            if np.ptp(rewards_G) == 0:
-                constant += 1  # no gradient in this group
-                continue
-            prompt = prompt_of(question)
-            data += [
-                answer_datum(prompt, s, [advantage] * len(s.tokens))  # one a token
-                for s, advantage in zip(sequences_G, advantages_G, strict=True)
-            ]
-        numbers = {"reward": float(np.mean(all_rewards)), "constant_groups": constant}
+    for step, batch in enumerate(batches):
+        sequences_PG, rewards_PG = answered(batch, args.group_size, 1.0)
+        prompts = map(prompt_of, batch)  # of a group whose rewards are equal comes no datum
+        groups = list(map(scripting.group_datums, prompts, sequences_PG, rewards_PG))
+        data = list(itertools.chain(*groups))
+        numbers = {"reward": statistics.fmean(map(statistics.fmean, rewards_PG))}
+        numbers["constant_groups"] = groups.count([])
         if data:
-            # Step and new sampler are submitted together, then awaited.
-            step_requests = client.forward_backward(data, args.loss), client.optim_step(adam)
-            renewed = client.save_weights_and_get_sampling_client()
-            output, _ = (request.result() for request in step_requests)
-            numbers |= {"drift": drift(data, output), "loss": output.metrics["loss:sum"]}
-            sampler = renewed.result()
+            requests = (  # step and new sampler are submitted together, then awaited
+                client.forward_backward(data, args.loss),
+                client.optim_step(adam),
+                client.save_weights_and_get_sampling_client(),
+            )
+            output, _, sampler = (request.result() for request in requests)
+            numbers |= {"drift": scripting.drift(data, output), "loss": output.metrics["loss:sum"]}
         metrics.append(numbers)
-        tell(f"step {step + 1}/{args.steps} ", numbers)
-    after = accuracy(sampler)
-    saved = client.save_weights_for_sampler(args.name, ttl_seconds=604_800)
-    state = client.save_state(args.name, ttl_seconds=604_800)
-    paths = {"sampler_path": saved.result().path, "state_path": state.result().path}
-    return plan | {"metrics": metrics, "accuracy_before": before, "accuracy_after": after} | paths
+        scripting.tell(f"step {step + 1}/{args.steps} ", numbers)
+    scores = {"accuracy_before": before, "accuracy_after": accuracy(), "metrics": metrics}
+    return plan | scores | scripting.saved(client, args.name)
 
 
 if __name__ == "__main__":
-    main(run, parsed())
+    scripting.main(run, parsed())

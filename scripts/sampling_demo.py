@@ -11,13 +11,14 @@ import time
 from typing import Any
 
 import tinker
-from _backend import checked, main, open_model, parser, tell
+
+from tinker_mcp import scripting
 
 PROMPTS = ["What is the capital of France?", "Name three fruits.", "Write one line about the sea."]
 
 
 def parsed() -> argparse.Namespace:
-    options = parser(__doc__)
+    options = scripting.parser(__doc__)
     options.add_argument("--prompt", action="append", help="again for more; default: three")
     options.add_argument("--system", help="a system message before each prompt")
     options.add_argument("--checkpoint", help="tinker://.../sampler_weights/..., of --base-model")
@@ -31,26 +32,27 @@ def parsed() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    checked(args, "num_samples", "max_tokens")
-    opened = open_model(args.base_model)
+    scripting.checked(args, "num_samples", "max_tokens")
+    opened = scripting.open_model(args.base_model)
     system = [{"role": "system", "content": args.system}] if args.system else []
     questions = args.prompt or PROMPTS
     prompts = [opened.model.prompt([*system, {"role": "user", "content": q}]) for q in questions]
     sampled = len(prompts) * args.num_samples * args.max_tokens  # at most
     prefill = sum(prompt.length for prompt in prompts)
-    plan = opened.facts() | {
-        **{"checkpoint": args.checkpoint, "prompts": len(prompts), "sampled_tokens_max": sampled},
-        **{"usd_max": opened.usd(prefill=prefill, sample=sampled)},
-    }
-    tell("plan:", plan)
+    scored = prompts[0].length + len(opened.model.encode(args.score))
+    plan = opened.plan(
+        checkpoint=args.checkpoint,
+        prompts=len(prompts),
+        sampled_tokens_max=sampled,
+        usd_max=opened.usd(prefill=prefill + scored, sample=sampled),
+    )
     if args.dry_run:
         return plan
 
     # A sampling client keeps the weights it was made from: after training, make a new one.
-    weights = (
-        {"model_path": args.checkpoint} if args.checkpoint else {"base_model": args.base_model}
-    )
-    sampler = opened.service().create_sampling_client(**weights).result()
+    base = None if args.checkpoint else args.base_model
+    opening = opened.service().create_sampling_client(model_path=args.checkpoint, base_model=base)
+    sampler = opening.result()
     params = tinker.SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temperature,
@@ -72,20 +74,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             text, is_complete = opened.model.answer(sequence.tokens)
             logprob = sum(sequence.logprobs or ()) / max(len(sequence.tokens), 1)
             answers.append({"text": text, "is_complete": is_complete, "mean_logprob": logprob})
-            tell(f"{question} -> {text!r}")
+            scripting.tell(f"{question} -> {text!r}")
         results.append({"prompt": question, "answers": answers})
     return plan | {
-        **{"results": results, "sampled_tokens": tokens, "tokens_per_s": tokens / seconds},
+        "results": results,
+        "sampled_tokens": tokens,
+        "tokens_per_s": tokens / seconds,
         "score": score(opened.model.encode(args.score), prompts[0], sampler),
     }
 
 
 def score(answer: list[int], prompt: tinker.ModelInput, sampler: tinker.SamplingClient) -> float:
     """Mean log-probability of the answer's tokens after the prompt, in nats."""
-    whole = prompt.append(tinker.EncodedTextChunk(tokens=answer))
+    whole = scripting.with_answer(prompt, answer)
     logprobs = sampler.compute_logprobs(whole, prompt_logprobs_last_n=len(answer)).result()
     return sum(value or 0.0 for value in logprobs[-len(answer) :]) / len(answer)
 
 
 if __name__ == "__main__":
-    main(run, parsed())
+    scripting.main(run, parsed())

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import tinker
-from _backend import main, open_backend, open_model, parser, tell
 
+from tinker_mcp import scripting
 from tinker_mcp.settings import Settings
 from tinker_mcp.training import models, prices, sessions
 
@@ -24,7 +24,7 @@ PACKAGES = ("tinker-mcp", "tinker", "tinker-cookbook", "torch", "transformers")
 
 
 def parsed() -> argparse.Namespace:
-    return parser(__doc__).parse_args()
+    return scripting.parser(__doc__).parse_args()
 
 
 def described(offered: tinker.types.SupportedModel, is_local: bool) -> dict[str, Any]:
@@ -35,9 +35,11 @@ def described(offered: tinker.types.SupportedModel, is_local: bool) -> dict[str,
     known = price and {"prefill": price.prefill, "sample": price.sample, "train": price.train}
     rate = models.learning_rate(name)
     return {
-        **{"name": name, "context_length": offered.max_context_length},
-        **{"learning_rate": rate.value, "learning_rate_source": rate.source},
-        **{"usd_per_million": {} if is_local else known},
+        "name": name,
+        "context_length": offered.max_context_length,
+        "learning_rate": rate.value,
+        "learning_rate_source": rate.source,
+        "usd_per_million": {} if is_local else known,
     }
 
 
@@ -49,17 +51,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "state_folder": str(settings.home),
         "disk_free_gb": round(shutil.disk_usage(Path.home()).free / 1e9, 1),
     }
-    tell("versions:", found["versions"])
-    backend, offered = open_backend()
+    scripting.tell("versions:", found["versions"])
+    backend, offered = scripting.open_backend()
     # A ServiceClient proves nothing: these two requests need a key that is accepted.
     caller = sessions.rest_client(backend).whoami().result()
     is_local = backend.kind == "local"
     found |= {
-        **{"backend": backend.label, "user": caller.user_urn},
+        "backend": backend.label,
+        "user": caller.user_urn,
         "models": [described(model, is_local) for model in offered],
     }
-    tell("backend:", backend.label, "with", len(offered), "models")
-    opened = open_model(args.base_model)
+    scripting.tell("backend:", backend.label, "with", len(offered), "models")
+    opened = scripting.open_model(args.base_model)
     prompt = opened.model.prompt([{"role": "user", "content": "Say hello."}])
     found |= opened.facts() | {"usd": opened.usd(prefill=prompt.length, sample=1)}
     if args.dry_run:
@@ -67,9 +70,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sampler = opened.service().create_sampling_client(base_model=args.base_model).result()
     params = tinker.SamplingParams(max_tokens=1, temperature=0.0)
     [sequence] = sampler.sample(prompt, 1, params).result().sequences
-    tell("first token:", repr(opened.model.decode(sequence.tokens)))
+    scripting.tell("first token:", repr(opened.model.decode(sequence.tokens)))
     return found | {"is_sampled": len(sequence.tokens) == 1}
 
 
 if __name__ == "__main__":
-    main(run, parsed())
+    scripting.main(run, parsed())

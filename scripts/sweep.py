@@ -1,151 +1,133 @@
 """Train every combination of models, data sets and learning rates; compare them on the same rows.
 
 The runs go side by side, one step of each at a time, so none waits for another's requests. Losses
-of models with different tokenizers do not compare: nats a byte do, and the table is sorted by
+of models with different tokenizers do not compare: bits a byte do, and the table is sorted by
 them.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
 
 import tinker
-from _backend import CONVERSATIONS, checked, examples, main, open_model, parser, tell, tokens
-from tinker_cookbook.renderers import TrainOnWhat
+from tinker_cookbook.supervised.common import compute_bpb
 from tinker_cookbook.supervised.data import conversation_to_datum
 
-from tinker_mcp.errors import InvalidInputError
+from tinker_mcp import scripting
 from tinker_mcp.training.datasets import split
 from tinker_mcp.training.loop import batch_of
 
-WHAT = TrainOnWhat.ALL_ASSISTANT_MESSAGES
+
+@dataclasses.dataclass
+class Run:
+    """One combination; `losses` are nats a trained token, each conversation counted the same."""
+
+    opened: scripting.Opened
+    data: str
+    learning_rate: float
+    batches: list[list[tinker.Datum]]
+    test: list[tinker.Datum]
+    client: Any = None
+    losses: list[float] = dataclasses.field(default_factory=list)
+
+    def submit(self, step: int) -> tuple[Any, Any]:
+        adam = tinker.AdamParams(learning_rate=self.learning_rate * (1 - step / len(self.batches)))
+        loss = self.client.forward_backward(self.batches[step], "cross_entropy")
+        return loss, self.client.optim_step(adam)
+
+    def bits_a_byte(self, output: tinker.ForwardBackwardOutput) -> float:
+        """How well the held-out replies are predicted, whatever the tokenizer."""
+        inputs = [datum.loss_fn_inputs for datum in self.test]
+        weights, targets = ([of[name] for of in inputs] for name in ("weights", "target_tokens"))
+        logprobs = [found["logprobs"] for found in output.loss_fn_outputs]
+        return compute_bpb(logprobs, weights, targets, self.opened.model.tokenizer)
 
 
 def parsed() -> argparse.Namespace:
-    options = parser(__doc__)
+    options = scripting.parser(__doc__)
     options.add_argument("--model", action="append", help="again for more; default: --base-model")
     options.add_argument("--data", type=Path, action="append", help="again for more")
-    options.add_argument("--learning-rates", default="3e-4,1e-3", help="separated by commas")
+    options.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3])
     options.add_argument("--held-out", type=Path, help="default: a sixteenth of the first --data")
     options.add_argument("--steps", type=int, default=6)
     options.add_argument("--batch-size", type=int, default=4, help="conversations a step")
-    options.add_argument("--max-length", type=int, default=512)
     options.add_argument("--rank", type=int, default=32)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--name", default="sweep", help="of the checkpoints")
     options.add_argument("--wandb-project", help="sends each run there too, if wandb is installed")
     return options.parse_args()
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    try:
-        rates = [float(rate) for rate in args.learning_rates.split(",")]
-    except ValueError as error:
-        raise InvalidInputError(f"--learning-rates: {error}.", next_step="Try 3e-4,1e-3.") from None
-    for rate in rates:
-        checked(args, "steps", "batch_size", "rank", rate=rate)
-    names, files = args.model or [args.base_model], args.data or [CONVERSATIONS]
-    sets = {str(path): [c.messages for c in examples(path)] for path in files}
+def planned(args: argparse.Namespace) -> list[Run]:
+    """All combinations, with everything checked that can be checked for free."""
+    for rate in args.learning_rates:
+        scripting.checked(args, "steps", "batch_size", "rank", rate=rate)
+    files = args.data or [scripting.example_data()]
+    sets = {str(path): [row.messages for row in scripting.examples(path)] for path in files}
     if args.held_out:
-        held_out = [c.messages for c in examples(args.held_out)]
+        held_out = [row.messages for row in scripting.examples(args.held_out)]
     else:
-        sets[str(files[0])], held_out = split(sets[str(files[0])], 1 / 16, args.seed)
-    sets = {name: [row for row in rows if row not in held_out] for name, rows in sets.items()}
-    opened = {name: open_model(name) for name in names}
+        _, held_out = split(sets[str(files[0])], 1 / 16, args.seed)
+    runs = []
+    for name, data in itertools.product(args.model or [args.base_model], sets):
+        opened = scripting.open_model(name)
+        train, test = (
+            [conversation_to_datum(row, opened.model.renderer, 512) for row in rows]
+            for rows in ([row for row in sets[data] if row not in held_out], held_out)
+        )
+        batches = [batch_of(train, args.batch_size, step, args.seed) for step in range(args.steps)]
+        runs += [Run(opened, data, rate, batches, test) for rate in args.learning_rates]
+    return runs
 
-    def datums(name: str, rows: Any) -> list[tinker.Datum]:
-        renderer = opened[name].model.renderer
-        return [conversation_to_datum(row, renderer, args.max_length, WHAT, "none") for row in rows]
 
-    tests = {name: datums(name, held_out) for name in names}
-    trains = {(name, file): datums(name, sets[file]) for name in names for file in sets}
-    combinations = list(itertools.product(names, sets, rates))
-
-    def batch(name: str, file: str, step: int) -> list[tinker.Datum]:
-        return batch_of(trains[name, file], args.batch_size, step, args.seed)
-
-    usd: list[float | None] = []
-    for name, file, _ in combinations:
-        trained = sum(tokens(batch(name, file, step)) for step in range(args.steps))
-        usd.append(opened[name].usd(train=trained + tokens(tests[name])))
-    plan = {
-        **{"backend": opened[names[0]].backend.label, "runs": len(combinations)},
-        **{"held_out": len(held_out), "steps": args.steps},
-        "usd": None if None in usd else sum(one or 0.0 for one in usd),
-    }
-    tell("plan:", plan)
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    wandb = scripting.wandb() if args.wandb_project else None
+    runs = planned(args)
+    usd = [one.opened.usd(sum(map(scripting.tokens, [*one.batches, one.test]))) for one in runs]
+    plan = {"backend": runs[0].opened.backend.label, "runs": len(runs), "steps": args.steps}
+    plan |= {"held_out": len(runs[0].test), "usd": None if None in usd else sum(map(float, usd))}
+    scripting.tell("plan:", plan)
     if args.dry_run:
         return plan
 
-    service = opened[names[0]].service()
+    service = runs[0].opened.service()
     opening = [
-        service.create_lora_training_client(name, rank=args.rank, seed=args.seed)
-        for name, _, _ in combinations
+        service.create_lora_training_client(one.opened.base_model, rank=args.rank, seed=args.seed)
+        for one in runs
     ]
-    clients = [future.result() for future in opening]
-
-    def submit(step: int) -> list[tuple[Any, Any]]:
-        """A step of each run."""
-        requests = []
-        for client, (name, file, rate) in zip(clients, combinations, strict=True):
-            adam = tinker.AdamParams(learning_rate=rate * (1 - step / args.steps))
-            loss = client.forward_backward(batch(name, file, step), "cross_entropy")
-            requests.append((loss, client.optim_step(adam)))
-        return requests
-
-    losses: list[list[float]] = [[] for _ in combinations]
-    requests = submit(0)
-    for step in range(args.steps):
-        upcoming = submit(step + 1) if step + 1 < args.steps else None  # before this is awaited
-        for index, ((loss, optim), (name, file, _)) in enumerate(
-            zip(requests, combinations, strict=True)
-        ):
-            losses[index].append(
-                loss.result().metrics["loss:sum"] / weight(batch(name, file, step))
-            )
+    for one, future in zip(runs, opening, strict=True):
+        one.client = future.result()
+    requests = [one.submit(0) for one in runs]
+    for step in range(1, args.steps + 1):
+        upcoming = [one.submit(step) for one in runs] if step < args.steps else []  # before waiting
+        for one, (loss, optim) in zip(runs, requests, strict=True):
+            one.losses.append(loss.result().metrics["loss:sum"] / args.batch_size)
             optim.result()
-        tell(f"step {step + 1}/{args.steps}  nll", *(f"{of_run[-1]:.3f}" for of_run in losses))
-        requests = upcoming or requests
-    scoring = [
-        client.forward(tests[name], "cross_entropy")
-        for client, (name, _, _) in zip(clients, combinations, strict=True)
-    ]
-    saving = [
-        client.save_weights_for_sampler(f"sweep-{index}", ttl_seconds=604_800)
-        for index, client in enumerate(clients)
-    ]
-    replies = [str(m["content"]) for row in held_out for m in row if m["role"] == "assistant"]
-    size = sum(len(reply.encode()) for reply in replies)
+        scripting.tell(f"step {step}/{args.steps}  nll", *(f"{one.losses[-1]:.3f}" for one in runs))
+        requests = upcoming
+    testing = [one.client.forward(one.test, "cross_entropy") for one in runs]
     table = []
-    for index, (name, file, rate) in enumerate(combinations):
-        total = scoring[index].result().metrics["loss:sum"]
-        row = {"base_model": name, "data": Path(file).name, "learning_rate": rate}
-        row |= {"held_out_nll": total / weight(tests[name]), "nats_a_byte": total / size}
-        row |= {"losses": losses[index], "sampler_path": saving[index].result().path}
-        table.append(row)
-        log(args.wandb_project, row)
-    table.sort(key=lambda row: row["nats_a_byte"])
+    for at, (one, future) in enumerate(zip(runs, testing, strict=True)):
+        output = future.result()
+        row = {"base_model": one.opened.base_model, "data": Path(one.data).name}
+        row |= {"learning_rate": one.learning_rate, "bits_a_byte": one.bits_a_byte(output)}
+        row |= {"held_out_nll": output.metrics["loss:sum"] / len(one.test), "losses": one.losses}
+        table.append(row | scripting.saved(one.client, f"{args.name}-{at}"))
+    table.sort(key=lambda row: row["bits_a_byte"])
     for row in table:
-        tell("  ".join(f"{name}={row[name]}" for name in list(row)[:5]))
+        scripting.tell("  ".join(f"{name}={row[name]}" for name in list(row)[:5]))
+        if wandb:
+            settings = {name: row[name] for name in ("base_model", "data", "learning_rate")}
+            with wandb.init(project=args.wandb_project, config=settings) as logged:
+                for step, loss in enumerate(row["losses"], start=1):
+                    logged.log({"train_mean_nll": loss}, step=step)
+                logged.summary.update({name: row[name] for name in ("held_out_nll", "bits_a_byte")})
     return plan | {"table": table}
 
 
-def weight(data: list[tinker.Datum]) -> float:
-    return float(sum(datum.loss_fn_inputs["weights"].to_numpy().sum() for datum in data))
-
-
-def log(project: str | None, row: dict[str, Any]) -> None:
-    if project is None:
-        return
-    import wandb
-
-    with wandb.init(project=project, config={k: v for k, v in row.items() if k != "losses"}) as run:
-        for step, loss in enumerate(row["losses"]):
-            run.log({"train_mean_nll": loss}, step=step)
-        run.log({"test/nll": row["held_out_nll"], "test/nats_a_byte": row["nats_a_byte"]})
-
-
 if __name__ == "__main__":
-    main(run, parsed())
+    scripting.main(run, parsed())

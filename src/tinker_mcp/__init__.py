@@ -17,6 +17,7 @@
    supervisor.py (start, watch, stop, resume)   worker.py (the detached process)
    journal.py, folder.py (what it writes)       views.py (what is read)
    rollouts.py, environments.py, teacher.py     what rl and distillation share
+ scripting.py  what scripts/ share: programs on the plain SDK, without server or runs
  store/      runs, metrics, checkpoints and events in SQLite; the only room with SQL
  training/   the domain, on the tinker SDK and the cookbook: data, clients, loops, sampling
  docs/       the manual's pages     prompts/ (in the wheel; at the repository's top)  workflows
@@ -25,8 +26,8 @@
  tinker_local (started when it is needed)  or  hosted Tinker, by TINKER_API_KEY
 ```
 
-Direction of imports: cli > demo > server > runs > (training | store) > settings > errors; checked
-by import-linter.
+Direction of imports: cli > demo > server > (runs | scripting) > (training | store) > settings >
+errors; checked by import-linter.
 Heavy packages (tinker, torch, transformers, tinker_cookbook) are imported inside functions, so
 that the server answers `initialize` before any of them is loaded.
 """

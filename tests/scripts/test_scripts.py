@@ -1,5 +1,6 @@
-"""Every script, as a process: its help, its dry run, two steps on the tiny model, and bad input.
+"""Every script: its help, its dry run, two steps on the tiny model, and bad input.
 
+They run in one process, one after another; one that was copied has a process of its own.
 FutureWarning is an error in all of them: it is how the SDK says that a method will go.
 """
 
@@ -8,9 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
+import select
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,21 +28,24 @@ from tinker_mcp.runs.spec import DataFacts, RunSpec
 from tiny_data import TINY, sdk_datum
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-BOUND_S = 120.0  # seconds of a process: 7 on an idle machine
+ONE_PROCESS = Path(__file__).with_name("scripts_in_one_process.py")
+TINY_VL = "tinker-local/tiny-vl"
+BOUND_S = 120.0  # of one script: about a second on an idle machine, 7 in a process of its own
 
 SMALL: dict[str, list[str]] = {
     "setup_check": [],
-    "supervised_training": ["--steps=2", "--batch-size=2"],
+    "supervised_training": ["--steps=2", "--batch-size=2", "--max-tokens=4"],
     "sampling_demo": ["--max-tokens=4"],
     "checkpoint_management": ["--steps=2"],
     "dpo_training": ["--steps=2", "--batch-size=2"],
-    "rl_training": ["--steps=2", "--groups=2", "--group-size=4", "--held-out=2"],
+    "rl_training": ["--steps=2", "--groups=2", "--group-size=4", "--eval-share=0.05"],
     "custom_loss": ["--steps=2", "--batch-size=2"],
     "evaluation": ["--limit=2", "--max-tokens=4"],
     "distillation": ["--steps=2", "--teacher-steps=2", "--batch-size=2", "--max-tokens=4"],
     "prompt_distillation": ["--steps=2", "--questions=8", "--batch-size=2", "--max-tokens=4"],
     "sweep": ["--steps=2", "--batch-size=2"],
-    "rlhf_pipeline": ["--sft-steps=2", "--reward-steps=2", "--rl-steps=2", "--batch-size=2"],
+    "rlhf_pipeline": ["--sft-steps=2", "--reward-steps=2", "--steps=2", "--batch-size=2"],
+    "vision_training": [f"--base-model={TINY_VL}", "--steps=2", "--batch-size=2", "--samples=1"],
 }
 """Each script, and what makes it do two steps."""
 
@@ -50,6 +57,7 @@ LOSSES = {
     "distillation": lambda found: [step["reverse_kl"] for step in found["metrics"]],
     "prompt_distillation": lambda found: found["losses"],
     "sweep": lambda found: found["table"][0]["losses"],
+    "vision_training": lambda found: found["losses"],
     "rlhf_pipeline": lambda found: found["rewards"],
 }
 """Where a script that trains says how each step went."""
@@ -73,9 +81,9 @@ class Ended:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A state folder whose local backend runs, and serves the tiny model only."""
+    """A state folder whose local backend runs, and serves the tiny models only."""
     folder = tmp_path_factory.mktemp("home")
-    server = start_server(folder / "local")
+    server = start_server(folder / "local", "--model", TINY_VL)
     yield folder
     server.stop()
 
@@ -85,22 +93,42 @@ def _plain_environ() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(("TINKER_", "HF_HOME"))}
 
 
-def run(home: Path, script: Path, *args: str, **variables: str) -> Ended:
-    """A script in a folder that is not its own, with nothing but a state folder to go by."""
-    ended = subprocess.run(
-        [sys.executable, "-W", "error::FutureWarning", str(script), *args],
-        env={**_plain_environ(), "TINKER_MCP_HOME": str(home), **variables},
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=BOUND_S,
-        check=False,
-    )
-    return Ended(ended.returncode, ended.stdout, ended.stderr)
+def _interpreter(home: Path, *args: str | Path, **variables: str) -> dict[str, Any]:
+    """A Python in a folder that no script is in, with nothing but a state folder to go by."""
+    return {
+        "args": [sys.executable, "-W", "error::FutureWarning", *map(str, args)],
+        "env": {**_plain_environ(), "TINKER_MCP_HOME": str(home), **variables},
+        "cwd": home,
+        "text": True,
+    }
 
 
-def run_tiny(home: Path, name: str, *args: str) -> Ended:
-    return run(home, SCRIPTS / f"{name}.py", "--json", f"--base-model={TINY}", *args)
+Run = Callable[..., Ended]
+
+
+@pytest.fixture(scope="module")
+def run(home: Path) -> Iterator[Run]:
+    """Runs a script, by its name in scripts/ or its path, with arguments."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(**_interpreter(home, ONE_PROCESS), **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(script: str | Path, *args: str) -> Ended:
+            path = SCRIPTS / f"{script}.py" if isinstance(script, str) else script
+            process.stdin.write(json.dumps([str(path), *args]) + "\n")
+            process.stdin.flush()
+            is_answered = bool(select.select([process.stdout], [], [], BOUND_S)[0])
+            assert is_answered, f"{script} has not ended in {BOUND_S} s"
+            return Ended(**json.loads(process.stdout.readline()))
+
+        yield run
+        process.kill()  # the SDK's sessions would heartbeat on
+
+
+def run_tiny(run: Run, name: str, *args: str) -> Ended:
+    """A script on the tiny model, for two steps if `args` do not say otherwise."""
+    return run(name, "--json", f"--base-model={TINY}", *SMALL[name], *args)
 
 
 def checkpoints(home: Path) -> int:
@@ -113,46 +141,30 @@ def test_every_script_is_tested() -> None:
     assert there == {*SMALL, "reproduce_run"}
 
 
-@pytest.fixture(scope="module")
-def helps(home: Path) -> dict[str, str]:
-    """What each script says to --help: of one process, since importing torch takes seconds."""
-    every_help = """
-import contextlib, io, json, runpy, sys
-helps, names = {}, sys.argv[1:]
-sys.path.insert(0, names[0].rpartition("/")[0])
-for name in names:
-    sys.argv, said = [name, "--help"], io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        runpy.run_path(name, run_name="__main__")
-    helps[name] = said.getvalue()
-print(json.dumps(helps))
-"""
-    program = home / "every_help.py"
-    program.write_text(every_help)
-    found = run(home, program, *map(str, SCRIPTS.glob("[a-z]*.py"))).result
-    return {Path(name).stem: said for name, said in found.items()}
-
-
 @pytest.mark.parametrize("name", [*SMALL, "reproduce_run"])
-def test_a_script_says_what_it_does_and_takes(helps: dict[str, str], name: str) -> None:
-    assert helps[name].startswith("usage: ")
-    assert all(option in helps[name] for option in ("--json", "--dry-run"))
+def test_a_script_says_what_it_does_and_takes(run: Run, name: str) -> None:
+    said = run(name, "--help").out
+
+    assert said.startswith("usage: ")
+    assert all(option in said for option in ("--json", "--dry-run"))
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_dry_run_says_the_cost_and_trains_nothing(home: Path, name: str) -> None:
-    ended = run_tiny(home, name, "--dry-run", *SMALL[name])
-
-    costs = [value for key, value in ended.result.items() if key in ("usd", "usd_max")]
-    assert costs == [0.0]
-    assert not any("_path" in key for key in ended.result)
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_a_script_does_two_steps_on_the_tiny_model(home: Path, name: str) -> None:
+def test_a_dry_run_says_the_cost_and_trains_nothing(home: Path, run: Run, name: str) -> None:
     before = checkpoints(home)
 
-    found = run_tiny(home, name, *SMALL[name]).result
+    found = run_tiny(run, name, "--dry-run").result
+
+    assert [value for key, value in found.items() if key in ("usd", "usd_max")] == [0.0]
+    assert not any("_path" in key for key in found)
+    assert checkpoints(home) == before
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_script_does_two_steps_on_the_tiny_model(home: Path, run: Run, name: str) -> None:
+    before = checkpoints(home)
+
+    found = run_tiny(run, name).result
 
     assert found["backend"].startswith("local")
     if name in LOSSES:
@@ -162,23 +174,55 @@ def test_a_script_does_two_steps_on_the_tiny_model(home: Path, name: str) -> Non
         assert checkpoints(home) > before
 
 
-def test_a_copy_elsewhere_works_too(home: Path, tmp_path: Path) -> None:
-    for name in ("sampling_demo.py", "_backend.py"):
-        (tmp_path / name).write_text((SCRIPTS / name).read_text())
+def test_supervised_training_shows_held_out_loss_and_answers_before_and_after(run: Run) -> None:
+    found = run_tiny(run, "supervised_training", "--learning-rate=9e-3").result
 
-    ended = run(home, tmp_path / "sampling_demo.py", f"--base-model={TINY}", "--json", "--dry-run")
+    assert found["held_out_nll_after"] < found["held_out_nll_before"]
+    assert len(found["answers"]) == 3
+    assert all(answer.keys() == {"prompt", "before", "after"} for answer in found["answers"])
 
-    assert ended.result["prompts"] == 3
+
+def test_sums_that_measure_accuracy_are_trained_on_in_neither_order() -> None:
+    problems = runpy.run_path(str(SCRIPTS / "rl_training.py"))["problems"]
+
+    train, test = problems(9, 0.25, seed=0)
+
+    assert len(train) + len(test) == 81
+    assert not {frozenset(pair) for pair in train} & {frozenset(pair) for pair in test}
 
 
-def test_on_another_server_an_unknown_price_is_not_called_zero(home: Path) -> None:
+def test_a_sweep_compares_all_combinations_on_the_same_rows(run: Run) -> None:
+    args = ("--steps=1", "--learning-rates", "1e-3", "1e-4", "1e-5")
+
+    found = run_tiny(run, "sweep", *args).result
+
+    assert sorted(row["learning_rate"] for row in found["table"]) == [1e-5, 1e-4, 1e-3]
+    bits = [row["bits_a_byte"] for row in found["table"]]
+    assert bits == sorted(bits)
+
+
+@pytest.fixture(scope="module")
+def copied(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """How a copy of a script ended, with nothing beside it, on a server that another started."""
+    copy = shutil.copy(SCRIPTS / "supervised_training.py", tmp_path_factory.mktemp("elsewhere"))
     note = json.loads((home / "local" / "server.json").read_text())
-    script = SCRIPTS / "supervised_training.py"
+    args = (f"--base-model={TINY}", "--json", "--dry-run")
+    ended = subprocess.run(
+        **_interpreter(home, copy, *args, **note["env"]),
+        capture_output=True,
+        timeout=BOUND_S,
+        check=False,
+    )
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
 
-    ended = run(home, script, f"--base-model={TINY}", "--json", "--dry-run", **note["env"])
 
-    assert ended.result["backend"].startswith("hosted")
-    assert ended.result["usd"] is None
+def test_a_script_that_was_copied_runs_alone(copied: Ended) -> None:
+    assert copied.result["steps"] == 20
+
+
+def test_on_another_server_an_unknown_price_is_not_called_zero(copied: Ended) -> None:
+    assert copied.result["backend"].startswith("hosted")
+    assert copied.result["usd_max"] is None
 
 
 BAD = {
@@ -187,15 +231,16 @@ BAD = {
     "a model that is not served": ("sampling_demo", ["--base-model=other/model"], "other/model"),
     "a rate that diverges": ("custom_loss", ["--learning-rate=1"], "1.0"),
     "no such run": ("reproduce_run", ["no-such-run"], "no-such-run"),
+    "a count of nothing": ("rl_training", ["--steps=0"], "--steps is 0"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_ends_a_script_with_a_sentence(home: Path, case: str) -> None:
+def test_bad_input_ends_a_script_with_a_sentence(home: Path, run: Run, case: str) -> None:
     name, args, named = BAD[case]
     (home / "bad.jsonl").write_text('{"messages": []}\n')
 
-    ended = run(home, SCRIPTS / f"{name}.py", *args)
+    ended = run(name, *args)
 
     assert ended.status == 1
     assert ended.err.startswith(f"{name}: ")
@@ -204,9 +249,10 @@ def test_bad_input_ends_a_script_with_a_sentence(home: Path, case: str) -> None:
     assert named in ended.err
 
 
-def test_a_reproduced_run_trains_what_the_record_says(home: Path) -> None:
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_reproduced_run_trains_what_the_record_says(home: Path, run: Run, method: str) -> None:
     datums = [sdk_datum(f"Say {word}: {word}!") for word in ("red", "green", "blue", "grey")]
-    folder = RunFolder.of(home, "sft-1")
+    folder = RunFolder.of(home, f"{method}-1")
     folder.train_data.parent.mkdir(parents=True)
     positions = sum(datum.model_input.length for datum in datums)
     facts = DataFacts(
@@ -216,19 +262,20 @@ def test_a_reproduced_run_trains_what_the_record_says(home: Path) -> None:
         tokens=positions,
         trained_tokens=positions,
     )
-    folder.create(spec_of(facts), "sft-1")
+    folder.create(spec_of(method, facts), f"{method}-1")
 
-    made = run(home, SCRIPTS / "reproduce_run.py", "sft-1", "--json").result
-    first, second = (run(home, Path(made["out"])).result["losses"] for _ in range(2))
+    made = run("reproduce_run", f"{method}-1", "--json").result
+    first, second = (run(Path(made["out"])).result["losses"] for _ in range(2))
 
     assert len(first) == 2
     assert first == second  # float32, the same seed and order
+    assert first[1] < first[0]
 
 
-def spec_of(facts: DataFacts) -> RunSpec:
-    """Two steps of two datums."""
+def spec_of(method: str, facts: DataFacts) -> RunSpec:
+    """Two steps of two datums, or of two pairs."""
     return RunSpec(
-        method="sft",
+        method=method,
         name="colours",
         backend="local",
         base_model=TINY,
@@ -245,6 +292,7 @@ def spec_of(facts: DataFacts) -> RunSpec:
         lr_schedule="linear",
         rank=4,
         seed=0,
+        beta=0.1 if method == "dpo" else None,
         save_every=0,
         eval_every=0,
         ttl_s=None,
