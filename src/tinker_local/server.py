@@ -103,17 +103,20 @@ def serve(options: ServeOptions) -> None:
 def _prepared(options: ServeOptions) -> tuple[list[weights.ModelFiles], Path]:
     """The models that are served, and the HF_HOME in which clients find them by name.
 
-    Aliases have one of their own, since their names mean other models elsewhere.
+    A name that the user gives, to a folder or as an alias, may mean another model elsewhere: with
+    such names this server has an HF_HOME of its own.
     """
-    cache = weights.cache_dir()
+    cache, own = weights.cache_dir(), options.state_dir / "names"
+    shared = {spec for spec in options.models if weights.is_name_for_all(spec)}
     models = [
-        weights.resolve_model(spec, cache, progress=weights.stderr_progress)
+        weights.resolve_model(
+            spec, cache if spec in shared else own, progress=weights.stderr_progress
+        )
         for spec in options.models
     ]
-    if not options.aliases:
+    if shared.issuperset(options.models) and not options.aliases:
         return models, weights.hf_home(cache)
-    own = options.state_dir / "aliases"
-    weights.lend(cache, [model.name for model in models], own)
+    weights.lend(cache, [model.name for model in models if model.name in shared], own)
     models += weights.resolve_aliases(
         options.aliases, models, own, progress=weights.stderr_progress
     )

@@ -4,9 +4,11 @@
     python -m tests.benchmarks.rl cycles --steps 10 --cycle-s 1
     python -m tests.benchmarks.rl rewards --model tinker-local/tiny --seeds 3
 
-`cycles`: runs of ours with K = 0 and K = 1, the cookbook's `rl.train` and its asynchronous form do
-the same arithmetic on `tinker-local serve --cycle-s`, each in a process of its own. The server
-counts the cycles of each training client, from the first with work to the last.
+`cycles`: runs of ours with K = 0 and K = 1, the cookbook's `rl.train` and its asynchronous form are
+asked the same sums on `tinker-local serve --cycle-s`, each in a process of its own. The server
+counts the cycles of each training client, from the first with work to the last. An untrained model
+gets every sum wrong, and a group of equal rewards carries no gradient, so that our loop would leave
+steps out which the cookbook's takes; ours is rewarded by length, to take them all.
 
 `rewards`: the mean reward of the last five steps against the first five, for each task and seed.
 """
@@ -35,7 +37,9 @@ from tests.servers import LocalServer, start_server
 BOUND_S = 1800.0
 TINY = "tinker-local/tiny"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-ARITHMETIC = "tinker_cookbook.recipes.math_rl.arithmetic_env:ArithmeticDatasetBuilder"
+SHOT = [{"role": "user", "content": "What is 4 + 5?"}, {"role": "assistant", "content": "9"}]
+"""What the cookbook's sums begin with."""
+
 GROUPS, GROUP_SIZE, MAX_TOKENS, RANK = 4, 4, 16, 8
 SHOWN = 5  # steps at the beginning and at the end
 
@@ -85,11 +89,15 @@ def our_run(home: Path, server: LocalServer, spec: Mapping[str, Any], rows: Any)
     from tinker_mcp.runs.journal import Journal
     from tinker_mcp.runs.methods import method
     from tinker_mcp.runs.prompts import Prompt
+    from tinker_mcp.runs.rollouts import load_cookbook
     from tinker_mcp.runs.spec import RunSpec
     from tinker_mcp.store.runs import RunStore
     from tinker_mcp.training.backend import Backend
 
-    prompts = [Prompt([{"role": "user", "content": row["prompt"]}], row) for row in rows]
+    prompts = [
+        Prompt([*row.get("shot", []), {"role": "user", "content": row["prompt"]}], row)
+        for row in rows
+    ]
     whole = RunSpec(**spec)
     RunFolder.of(home, "ours").create(whole, "ours")
     with RunStore(home) as store:
@@ -98,6 +106,7 @@ def our_run(home: Path, server: LocalServer, spec: Mapping[str, Any], rows: Any)
     journal = Journal(home, "ours", "lease")
     hub = Path(server.env["HF_HOME"]) / "hub"
     backend = Backend("local", server.base_url, server.api_key, hub)
+    load_cookbook()  # before the clock starts, as the cookbook's own runs do
     began = time.monotonic()
     asyncio.run(method("rl").train(Attempt("ours", whole, prompts, [], journal, backend)))
     seconds = time.monotonic() - began
@@ -161,9 +170,11 @@ def cycles_of(server: LocalServer, model: str) -> tuple[int, int]:
 
 
 def measure_ours(server: LocalServer, folder: Path, steps: int, k: int) -> Row:
-    """A run of ours with the cookbook's environment."""
-    rl = {"environment": {"name": ARITHMETIC}, "max_off_policy_steps": k}
-    found = _in_a_process(server, folder, _spec(TINY, steps, 0, 1e-4, rl), [])
+    """A run of ours that is asked the cookbook's sums."""
+    rl = {"reward": {"type": "length", "target": 12}, "max_off_policy_steps": k}
+    sums = [f"What is {a} + {100 - a}?" for a in range(steps * GROUPS)]
+    rows = [{"prompt": question, "shot": SHOT} for question in sums]
+    found = _in_a_process(server, folder, _spec(TINY, steps, 0, 1e-4, rl), rows)
     return Row(f"a run of ours, K = {k}", *cycles_of(server, found["model"]), found["seconds"])
 
 

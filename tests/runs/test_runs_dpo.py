@@ -160,3 +160,30 @@ async def test_what_it_costs_is_two_passes_a_step_one_an_evaluation_and_one_for_
     await run.attempt(backend, journal)
     train, held_out = positions(run.train), positions(run.held_out)
     assert journal.spent_usd == (train + held_out) + 2 * 2 * train + 2 * held_out
+
+
+async def test_a_cap_that_the_references_would_pass_stops_before_them(
+    backend: Backend, tiny_server: LocalServer, tmp_path: Path
+) -> None:
+    run = a_run(tmp_path, steps=2, batch_size=8, usd_per_million=1e6)
+    references = positions(run.train) + positions(run.held_out)
+    run.change(max_usd=references - 1)
+    served, journal = tokens_served(tiny_server), run.journal()
+    outcome = await run.attempt(backend, journal)
+    assert (outcome.state, outcome.reason) == ("stopped", "budget")
+    assert f"The pass for the references would cost ${references}" in outcome.detail
+    assert (journal.spent_usd, tokens_served(tiny_server)) == (0, served)
+    assert run.checkpoints() == []
+
+
+async def test_the_references_count_where_the_budget_ends_a_run(
+    backend: Backend, tmp_path: Path
+) -> None:
+    run = a_run(tmp_path, steps=4, batch_size=8, usd_per_million=1e6)
+    train, held_out = positions(run.train), positions(run.held_out)
+    ahead = train + 2 * held_out  # the references, and the evaluation at step 0
+    run.change(max_usd=ahead + 2 * 2 * train + 1)
+    journal = run.journal()
+    outcome = await run.attempt(backend, journal)
+    assert (outcome.reason, [row.step for row in run.checkpoints()]) == ("budget", [2])
+    assert journal.spent_usd == ahead + 2 * 2 * train

@@ -303,6 +303,22 @@ async def test_where_it_can_cost_money_a_price_and_a_cap_are_needed(
         assert free.estimate.usd_high == 0
 
 
+async def test_a_cap_that_dpos_references_alone_would_pass_is_refused(
+    hosted: Settings, hub_cache: Path, tmp_path: Path
+) -> None:
+    data = write(tmp_path, pairs(8))
+    own = hosted.home / "prices.json"
+    own.parent.mkdir(exist_ok=True)
+    own.write_text(f'{{"{TINY}": {{"train": 1000}}}}')
+    async with workspace_on(hosted, hub_cache) as workspace:
+        asked = {"method": "dpo", "steps": 1, "batch_size": 1, "learning_rate": 1e-5}
+        told = await planned(workspace, data, max_usd=100, **asked)
+        references = told.estimate.tokens["references"] / 1000
+        said = await refusal(workspace, data, max_usd=references * 0.9, **asked)
+    assert references > (told.estimate.usd_low or 0) / 2
+    assert "it is not enough for the pass over all pairs before the first step, $" in said
+
+
 async def test_a_forecast_needs_neither_a_cap_nor_a_price(
     hosted: Settings, hub_cache: Path, tmp_path: Path
 ) -> None:

@@ -35,14 +35,20 @@ async def test_a_dataset_of_the_cookbook_runs_two_steps(backend: Backend, tmp_pa
     assert run.series("train", "env/all/total_episodes") == {1: 8, 2: 8}
     assert set(run.series("train", "env/all/correct")) == {1, 2}  # its own
     assert "What is" in transcripts(run)[0]["turns"][0]["prompt"]
+    assert any("holds nothing out" in warning for warning in run.warnings())
 
 
 async def test_a_game_of_several_turns_runs_two_steps(backend: Backend, tmp_path: Path) -> None:
-    run = an_rl_run(tmp_path, steps=2, environment=an_environment(GUESS_NUMBER))
+    spec = an_environment(GUESS_NUMBER, train_fraction=0.998)  # of 1,024 numbers
+    run = an_rl_run(tmp_path, steps=2, environment=spec)
     outcome = await run.attempt(backend)
     assert outcome.state == "completed"
     assert run.series("train", "env/all/turns_per_episode") == {1: 10, 2: 10}
     assert run.series("train", REWARD) == {1: -10, 2: -10}  # no turn was in the format
+    held_out = run.series("eval", f"test/{REWARD}")
+    assert held_out == {0: -10, 2: -10}
+    assert run.series("eval", "test/env/all/total_episodes") == {0: 3, 2: 3}
+    assert run.warnings() == []
 
 
 async def test_a_group_builder_is_made_anew_for_each_group(
@@ -55,6 +61,13 @@ async def test_a_group_builder_is_made_anew_for_each_group(
     assert run.series("train", "env/all/total_episodes") == {1: 8}
 
 
+@pytest.mark.parametrize(("name", "says"), [(ONE_GROUP, False), (GUESS_NUMBER, None)])
+def test_a_group_builder_holds_nothing_out_and_a_dataset_says_when_it_is_made(
+    name: str, says: bool | None
+) -> None:
+    assert environments.holds_out(an_environment(name)) is says
+
+
 async def test_what_an_environment_refuses_is_told(backend: Backend, tmp_path: Path) -> None:
     spec = an_environment(ARITHMETIC, no_such_argument=1)
     run = an_rl_run(tmp_path, steps=1, environment=spec)
@@ -64,11 +77,12 @@ async def test_what_an_environment_refuses_is_told(backend: Backend, tmp_path: P
 
 async def test_a_reasoning_gym_task_runs_two_steps(backend: Backend, tmp_path: Path) -> None:
     pytest.importorskip("reasoning_gym")
-    spec = an_environment("reasoning_gym:basic_arithmetic", size=8)
+    spec = an_environment("reasoning_gym:basic_arithmetic", size=20)
     run = an_rl_run(tmp_path, steps=2, environment=spec)
     outcome = await run.attempt(backend)
     assert outcome.state == "completed"
     assert run.series("train", "reward/errors") == {1: 0, 2: 0}
+    assert run.series("eval", "test/env/all/total_episodes") == {0: 2, 2: 2}
 
 
 def test_an_unknown_reasoning_gym_task_names_those_that_sound_like_it() -> None:

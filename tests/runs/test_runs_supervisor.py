@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from detached import (
 )
 
 from tinker_mcp.errors import InvalidInputError, NotFoundError
+from tinker_mcp.runs.arguments import RunArguments
 from tinker_mcp.runs.folder import RunFolder
 from tinker_mcp.runs.spec import RunSpec
 from tinker_mcp.runs.supervisor import Supervisor, as_told
+from tinker_mcp.runs.views import summary
 from tinker_mcp.settings import Settings
 from tinker_mcp.store.rows import RunRow
 from tinker_mcp.store.runs import RunStore, exists
@@ -102,6 +105,32 @@ def test_the_same_key_twice_starts_one_run(tmp_path: Path) -> None:
     assert again.run_id == first.run_id
     assert len(supervisor.manned) == 1
     assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_the_same_key_with_other_arguments_is_refused_with_what_differs(tmp_path: Path) -> None:
+    supervisor = Unmanned(tmp_path)
+    asked = RunArguments(method="sft", data="rows.jsonl", steps=5, idempotency_key="key")
+    first = supervisor.start(planned(), "key", asked)
+    assert supervisor.start(planned(), "key", asked).run_id == first.run_id
+
+    other = asked.model_copy(update={"steps": 6, "name": "mine"})
+    with pytest.raises(InvalidInputError) as refused:
+        supervisor.start(planned(), "key", other)
+
+    assert refused.value.problem == (
+        f"This idempotency_key started {first.run_id} with other arguments: steps=5, now 6; "
+        'name=none, now "mine".'
+    )
+    assert len(supervisor.manned) == 1
+
+
+def test_the_warnings_of_a_plan_stay_with_its_run(tmp_path: Path) -> None:
+    supervisor = Unmanned(tmp_path)
+    told = replace(planned(), warnings=["Nothing is held out."])
+    row = supervisor.start(told, "key")
+    supervisor.start(told, "key")
+    with RunStore(tmp_path) as store:
+        assert summary(store, row).warnings == ("Nothing is held out.",)
 
 
 def test_of_servers_that_start_with_a_key_at_the_same_moment_one_starts_it(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tinker_local.weights.catalog import (
     TINY_MODEL,
     TINY_VL_MODEL,
     ModelFiles,
+    is_name_for_all,
     resolve_model,
 )
 from tinker_local.weights.hub_cache import cache_dir, hf_home, lend
@@ -36,6 +37,7 @@ __all__ = [
     "Progress",
     "cache_dir",
     "hf_home",
+    "is_name_for_all",
     "lend",
     "quiet_progress",
     "resolve_aliases",

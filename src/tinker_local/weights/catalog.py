@@ -71,6 +71,11 @@ def resolve_model(spec: str, cache: Path, *, progress: Progress) -> ModelFiles:
         ) from error
 
 
+def is_name_for_all(spec: str) -> bool:
+    """Tell whether what `resolve_model` takes names the same model in every server."""
+    return spec in _BUILT_IN or (_NAME.fullmatch(spec) is not None and _folder(spec) is None)
+
+
 def is_model_name(text: str) -> bool:
     """Tell whether a text is a name like org/model."""
     return _NAME.fullmatch(text) is not None

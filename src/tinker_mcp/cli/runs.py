@@ -88,6 +88,7 @@ def wait(run: str | None, timeout_s: float | None, until_text: str, as_json: boo
 
     until = Until.parse(until_text)
     row = _found(run)
+    until.check_reachable(row)
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     with RunStore(_settings().home) as store, _ended_by_ctrl_c(INTERRUPTED):
         watcher, has_met = Watcher(store, row), False
@@ -301,33 +302,16 @@ def _found(text: str | None) -> RunRow:
         NotFoundError: There is none.
         InvalidInputError: There are several.
     """
-    from tinker_mcp.runs.spec import RunSpec
+    from tinker_mcp.runs.which import fitting, ids, only
 
     rows = _supervisor().runs()
-    if text is None:
-        return _only([row for row in rows if _is_active(row)], "active run", rows)
-    for row in rows:
-        if row.run_id == text:
-            return row
-    named = [row for row in rows if RunSpec.model_validate_json(row.spec).name == text]
-    begun = [row for row in rows if row.run_id.startswith(text)] if text else []
-    return _only(named or begun, f"run {text!r}", rows)
-
-
-def _only(found: list[RunRow], what: str, rows: list[RunRow]) -> RunRow:
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise InvalidInputError(
-            f"{len(found)} runs fit: {_ids(found)}.", next_step="Name one by its id."
-        )
-    known = f"the newest: {_ids(rows)}" if rows else "there are no runs yet"
-    raise NotFoundError(f"No {what}; {known}.", next_step="See tinker-mcp runs --all.")
-
-
-def _ids(rows: list[RunRow]) -> str:
-    more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-    return ", ".join(row.run_id for row in rows[:3]) + more
+    of_text = [row for row in rows if _is_active(row)] if text is None else fitting(rows, text)
+    found = only(of_text)
+    if found is None:
+        what = "active run" if text is None else f"run {text!r}"
+        known = f"the newest: {ids(rows)}" if rows else "there are no runs yet"
+        raise NotFoundError(f"No {what}; {known}.", next_step="See tinker-mcp runs --all.")
+    return found
 
 
 def _print_json(value: object) -> None:

@@ -201,11 +201,15 @@ class Attempt:
         if self.outcome is None and self.journal.stop_asked is not None:
             how = {"save": "", "drop": ", without a checkpoint"}[self.journal.stop_asked]
             self.outcome = Outcome("stopped", "user", f"Stopped after step {step - 1}{how}.")
+        return self.must_not_spend(f"Step {step}", tokens)
+
+    def must_not_spend(self, what: str, tokens: int) -> bool:
+        """Whether `what`, which would be billed as `tokens`, must not be submitted."""
         if self.outcome is None and not self.affords(tokens):
             self.outcome = Outcome(
                 "stopped",
                 "budget",
-                f"Step {step} would cost ${self._usd(tokens):.4f}, and of max_usd "
+                f"{what} would cost ${self._usd(tokens):.4f}, and of max_usd "
                 f"${self.spec.max_usd:.2f} ${self.journal.spent_usd:.4f} are spent.",
             )
         return self.outcome is not None

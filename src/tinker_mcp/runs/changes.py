@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from tinker_mcp.errors import InvalidInputError
+from tinker_mcp.runs.spec import RunSpec
 from tinker_mcp.runs.states import ACTIVE, RunState, told
 from tinker_mcp.store.rows import MetricRow, RunRow
 from tinker_mcp.store.runs import RunStore
@@ -106,6 +107,19 @@ class Until:
         raise InvalidInputError(
             f"Nothing can wait until {text[:80]!r}.", next_step="Use completed, eval, or step=30."
         )
+
+    def check_reachable(self, row: RunRow) -> None:
+        """Whether a run can come to what is waited for.
+
+        Raises:
+            InvalidInputError: It has not so many steps.
+        """
+        steps = RunSpec.model_validate_json(row.spec).steps
+        if self.step > steps:
+            raise InvalidInputError(
+                f"{row.run_id} has {steps} steps, so it never comes to step={self.step}.",
+                next_step=f"Wait until completed, or until step={steps} or an earlier one.",
+            )
 
     def is_met(self, state: RunState, step: int, news: Sequence[Change]) -> bool:
         """Whether the wait is over; it also is where the run has ended, whatever was waited for."""

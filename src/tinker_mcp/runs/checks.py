@@ -349,5 +349,8 @@ def _affordable(max_usd: float, spec: RunSpec, estimate: Estimate) -> str:
     total = estimate.tokens["total"]
     first = estimate.tokens.get("references", 0)
     affordable = total * max_usd / (estimate.usd_low or 1) - first
+    if affordable < 0:
+        usd = (estimate.usd_low or 0) * first / total
+        return f"it is not enough for the pass over all pairs before the first step, ${usd:.4g}"
     steps = math.floor(spec.steps * affordable / (total - first))
     return f"it is enough for steps={steps}" if steps >= 1 else "it is not enough for one step"

@@ -39,6 +39,11 @@ _PACKAGES = {
 
 _PROBLEMS = 1000  # of a reasoning-gym task where `size` is not given
 
+HELD_OUT_GROUPS = 64
+"""Of an evaluation, at most: each is played through, and a game may have many turns."""
+
+_PROBLEMS_A_HELD_OUT = 10  # of a reasoning-gym task
+
 
 @dataclass(frozen=True)
 class Place:
@@ -63,6 +68,7 @@ class Place:
         return {
             **dict.fromkeys(("batch_size", "groups_per_batch"), self.batch_size),
             **dict.fromkeys(("group_size", "train_group_size", "num_envs"), self.group_size),
+            "test_group_size": 1,
             **dict.fromkeys(("model_name_for_tokenizer", "model_name"), self.renderer.model_name),
             "renderer_name": self.renderer.name,
             "renderer": self.renderer.renderer,
@@ -78,6 +84,23 @@ class Environment(Protocol):
 
     def batch(self, step: int) -> Sequence[Any]:
         """EnvGroupBuilders of a step, counted from 1; the same whenever it is asked."""
+
+    def held_out(self) -> Sequence[Any]:
+        """Those of an evaluation, at most HELD_OUT_GROUPS; none where it holds nothing out."""
+
+
+def holds_out(spec: EnvironmentSpec) -> bool | None:
+    """Whether an environment that was checked holds groups out; None where it has yet to be made.
+
+    It is for its builder to say. Blocks.
+    """
+    from tinker_cookbook.rl.types import EnvGroupBuilder
+
+    kind = spec.name.partition(":")[0]
+    if kind in _PACKAGES:
+        return kind == "reasoning_gym"
+    target = _target(spec.name)
+    return False if inspect.isclass(target) and issubclass(target, EnvGroupBuilder) else None
 
 
 def check(spec: EnvironmentSpec) -> None:
@@ -190,10 +213,9 @@ async def _cookbooks(spec: EnvironmentSpec, place: Place) -> Environment:
         made = made()
     if inspect.isawaitable(made):
         made = await made
-    if isinstance(made, tuple):  # a training and a held-out set
-        made = made[0]
+    made, held_out = made if isinstance(made, tuple) else (made, None)
     if isinstance(made, RLDataset):
-        return _Dataset(made, spec.name)
+        return _Dataset(made, held_out, spec.name)
     if isinstance(made, EnvGroupBuilder):
         return _Factory(target, spec, place)
     raise InvalidInputError(
@@ -221,9 +243,14 @@ def _made(target: Any, spec: EnvironmentSpec, known: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class _Dataset:
-    """An RLDataset, from its beginning again when it is through."""
+    """An RLDataset, from its beginning again when it is through.
+
+    Attributes:
+        test: The held-out one, or None.
+    """
 
     dataset: Any
+    test: Any
     name: str
 
     def batch(self, step: int) -> Sequence[Any]:
@@ -235,6 +262,14 @@ class _Dataset:
             )
         found: Sequence[Any] = self.dataset.get_batch((step - 1) % batches)
         return found
+
+    def held_out(self) -> Sequence[Any]:
+        found: list[Any] = []
+        for index in range(len(self.test) if self.test is not None else 0):
+            if len(found) >= HELD_OUT_GROUPS:
+                break
+            found += self.test.get_batch(index)
+        return found[:HELD_OUT_GROUPS]
 
 
 @dataclass(frozen=True)
@@ -255,6 +290,9 @@ class _Factory:
             )
             for number in range(first, first + self.place.batch_size)
         ]
+
+    def held_out(self) -> Sequence[Any]:
+        return ()
 
 
 def _make_at_home(place: Place) -> None:
@@ -286,6 +324,7 @@ class _Tasks:
     """Rows of a reasoning-gym task, in an order of our own."""
 
     prompts: Sequence[Prompt]
+    others: Sequence[Prompt]
     place: Place
     reward: _Verdict
 
@@ -293,6 +332,9 @@ class _Tasks:
         place = self.place
         chosen = batch_of(self.prompts, place.batch_size, step - 1, place.seed)
         return [PromptGroup(one, place.renderer, place.group_size, self.reward) for one in chosen]
+
+    def held_out(self) -> Sequence[Any]:
+        return [PromptGroup(one, self.place.renderer, 1, self.reward) for one in self.others]
 
 
 @dataclass(frozen=True)
@@ -334,7 +376,9 @@ def _reasoning_gym(name: str, args: Mapping[str, Any], place: Place) -> Environm
             )
             for entry in range(given["size"])
         ]
-    return _Tasks(prompts, place, _Verdict(dataset))
+    aside = min(HELD_OUT_GROUPS, len(prompts) // _PROBLEMS_A_HELD_OUT)
+    cut = len(prompts) - aside
+    return _Tasks(prompts[:cut], prompts[cut:], place, _Verdict(dataset))
 
 
 # verifiers
@@ -388,6 +432,9 @@ class _Verifiers:
         place = self.place
         chosen = batch_of(self.builders, place.batch_size, step - 1, place.seed)
         return [_VerifiersGroup(builder, place) for builder in chosen]
+
+    def held_out(self) -> Sequence[Any]:
+        return ()
 
 
 def _verifiers(name: str, args: Mapping[str, Any], place: Place) -> Environment:

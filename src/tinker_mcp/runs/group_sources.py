@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,11 @@ from tinker_mcp.training.rendering import ModelRenderer
 from tinker_mcp.training.rewards import opening, specs
 from tinker_mcp.training.rewards.contract import Reward
 
+NO_HELD_OUT = (
+    "The environment {name} holds nothing out, so nothing tells whether the run learns or only "
+    "memorizes."
+)
+
 
 class Source(Protocol):
     """Groups of each step, and of an evaluation."""
@@ -30,11 +36,15 @@ class Source(Protocol):
     @property
     def renderer(self) -> ModelRenderer: ...
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is anything to evaluate on."""
+
     def groups(self, step: int) -> Sequence[Any]:
         """EnvGroupBuilders of a step, counted from 1; the same whenever it is asked."""
 
     def held_out(self) -> Sequence[Any]:
-        """Those of an evaluation, of one sample each."""
+        """Those of an evaluation, by preference of one sample each."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,10 @@ class _Prompts:
     attempt: Attempt
     renderer: ModelRenderer
     reward: Reward
+
+    @property
+    def has_held_out(self) -> bool:
+        return bool(self.attempt.held_out)
 
     def groups(self, step: int) -> Sequence[PromptGroup]:
         size = options_of(self.attempt.spec).group_size
@@ -62,11 +76,15 @@ class _Environment:
     renderer: ModelRenderer
     environment: environments.Environment
 
+    @cached_property
+    def has_held_out(self) -> bool:
+        return bool(self.environment.held_out())
+
     def groups(self, step: int) -> Sequence[Any]:
         return self.environment.batch(step)
 
     def held_out(self) -> Sequence[Any]:
-        return ()
+        return self.environment.held_out()
 
 
 @contextlib.asynccontextmanager
@@ -87,7 +105,10 @@ async def opened(attempt: Attempt) -> AsyncIterator[Source]:
             steps=spec.steps,
             seed=spec.seed,
         )
-        yield _Environment(renderer, await environments.opened(options.environment, place))
+        source = _Environment(renderer, await environments.opened(options.environment, place))
+        if not source.has_held_out:
+            attempt.journal.warn(NO_HELD_OUT.format(name=options.environment.name))
+        yield source
         return
     reward_spec = specs.spec_of(dict(options.reward or {}))
     _warn_if_changed(attempt, reward_spec)

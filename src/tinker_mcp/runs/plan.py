@@ -228,7 +228,9 @@ def _spec(
     steps = arguments.steps or _steps(arguments.epochs or 1.0, units, batch_size)
     eval_every = arguments.eval_every
     if eval_every is None:
-        eval_every = max(1, round(steps / _EVALUATIONS)) if material.held_out else 0
+        # An environment tells only when it is made whether it holds anything out.
+        may_evaluate = material.held_out or (arguments.rl and arguments.rl.environment)
+        eval_every = max(1, round(steps / _EVALUATIONS)) if may_evaluate else 0
     save_every = arguments.save_every
     return RunSpec(
         method=arguments.method,

@@ -130,7 +130,7 @@ async def options(
 
 
 async def _has_environment(found: EnvironmentSpec | None, findings: Findings) -> bool:
-    from tinker_mcp.runs import environments
+    from tinker_mcp.runs import environments, group_sources
 
     if found is None:
         return False
@@ -143,6 +143,14 @@ async def _has_environment(found: EnvironmentSpec | None, findings: Findings) ->
         f"The environment {found.name} runs in the run's worker without a jail: it is installed "
         "code, and trusted like the rest of it."
     )
+    has_held_out = await anyio.to_thread.run_sync(environments.holds_out, found)
+    if has_held_out is None:
+        findings.warn(
+            f"What {found.name} holds out is evaluated, which the estimate does not count; get_run "
+            "warns once it is known that it holds nothing out."
+        )
+    elif not has_held_out:
+        findings.warn(group_sources.NO_HELD_OUT.format(name=found.name))
     return True
 
 

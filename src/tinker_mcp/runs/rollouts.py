@@ -178,6 +178,16 @@ def _content(model_input: tinker.ModelInput) -> bytes:
     return hashlib.sha256(model_input.model_dump_json().encode()).digest()
 
 
+def load_cookbook() -> None:
+    """Import what rollouts and steps need, which takes seconds. Blocks."""
+    import tinker_cookbook.rl.data_processing
+    import tinker_cookbook.rl.metric_util
+    import tinker_cookbook.rl.metrics
+    import tinker_cookbook.rl.rollout_strategy
+    import tinker_cookbook.rl.rollouts
+    import tinker_cookbook.utils.lr_scheduling  # noqa: F401 - all of them for their effect
+
+
 # Groups
 
 

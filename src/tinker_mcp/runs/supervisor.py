@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, cast
 import structlog
 
 from tinker_mcp.errors import InvalidInputError, NotFoundError
+from tinker_mcp.runs import repeated, which
+from tinker_mcp.runs.arguments import RunArguments
 from tinker_mcp.runs.folder import RunFolder
 from tinker_mcp.runs.spec import RunSpec
 from tinker_mcp.runs.states import ACTIVE, CRASHED_AFTER_S, HEARTBEAT_S, RunState, told
@@ -45,11 +47,25 @@ class Supervisor:
         self._settings = settings
         self._environ = environ
 
-    def start(self, planned: Planned, idempotency_key: str | None = None) -> RunRow:
-        """Keep a run and start its worker; with a key that is known, the run it started."""
+    def start(
+        self,
+        planned: Planned,
+        idempotency_key: str | None = None,
+        asked: RunArguments | None = None,
+    ) -> RunRow:
+        """Keep a run and start its worker; with a key that is known, the run it started.
+
+        Args:
+            asked: What it was planned from, which another start of the same key must equal.
+
+        Raises:
+            InvalidInputError: The key has started a run with other arguments.
+        """
         with RunStore(self._settings.home) as store:
             known = store.by_key(idempotency_key) if idempotency_key else None
-            row = known or self._added(store, planned, idempotency_key)
+            row = known or self._added(store, planned, idempotency_key, asked)
+            if asked is not None:
+                repeated.check_same(row, asked)
             if row.lease is None:  # else this or another supervisor has started it
                 self._hand_over(store, row)
         return self.run(row.run_id)
@@ -119,14 +135,35 @@ class Supervisor:
         with RunStore(self._settings.home) as store:
             return as_told(store.get(run_id))
 
-    def _added(self, store: RunStore, planned: Planned, idempotency_key: str | None) -> RunRow:
+    def find(self, text: str) -> RunRow:
+        """The run that is meant by its id, by a name that no other has, or by an id's beginning.
+
+        Raises:
+            NotFoundError: None is.
+            InvalidInputError: Several are.
+        """
+        return which.only(which.fitting(self.runs(), text)) or self.run(text)
+
+    def _added(
+        self,
+        store: RunStore,
+        planned: Planned,
+        idempotency_key: str | None,
+        asked: RunArguments | None,
+    ) -> RunRow:
         """Its row, and its folder, which is there first."""
         run_id = f"{planned.spec.method}-{secrets.token_hex(4)}"
         folder = RunFolder.of(self._settings.home, run_id)
         try:
             spec = _with_data(planned, folder)
             folder.create(spec, run_id, planned.estimate.price)
-            row = store.add(run_id, spec.model_dump_json(), idempotency_key)
+            row = store.add(
+                run_id,
+                spec.model_dump_json(),
+                idempotency_key,
+                arguments=None if asked is None else repeated.kept(asked),
+                warnings=planned.warnings,
+            )
         except BaseException:
             shutil.rmtree(folder.path, ignore_errors=True)
             raise

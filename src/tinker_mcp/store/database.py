@@ -58,6 +58,7 @@ MIGRATIONS: Sequence[str] = (
     );
     CREATE INDEX events_of_run ON events (run_id);
     """,
+    "ALTER TABLE runs ADD COLUMN arguments TEXT",
 )
 
 

@@ -27,6 +27,7 @@ class RunRow:
         stop_asked: Whether somebody asked it to stop, and to save first.
         tokens: Submitted to be trained or scored so far, those of replayed steps too.
         usd: What these cost.
+        arguments: What its start was asked for, as JSON; None where it was not kept.
     """
 
     run_id: str
@@ -45,6 +46,7 @@ class RunRow:
     stop_asked: StopAsked | None
     tokens: int
     usd: float
+    arguments: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,31 @@ class RunStore:
 
     # Whoever starts, watches and stops runs
 
-    def add(self, run_id: str, spec: str, idempotency_key: str | None = None) -> RunRow:
-        """Keep a new run, in state `starting`; the one of the same key where there is one."""
+    def add(
+        self,
+        run_id: str,
+        spec: str,
+        idempotency_key: str | None = None,
+        *,
+        arguments: str | None = None,
+        warnings: Sequence[str] = (),
+    ) -> RunRow:
+        """Keep a new run, in state `starting`; the one of the same key where there is one.
+
+        Args:
+            arguments: What its start was asked for, as JSON.
+            warnings: What is to be known of it from the beginning.
+        """
         now = time.time()
         with self._writing():
-            self._connection.execute(
-                "INSERT INTO runs (run_id, spec, state, created_at, heartbeat_at, idempotency_key)"
-                " VALUES (?, ?, 'starting', ?, ?, ?) ON CONFLICT (idempotency_key) DO NOTHING",
-                (run_id, spec, now, now, idempotency_key),
-            )
+            added = self._connection.execute(
+                "INSERT INTO runs (run_id, spec, state, created_at, heartbeat_at, idempotency_key,"
+                " arguments) VALUES (?, ?, 'starting', ?, ?, ?, ?)"
+                " ON CONFLICT (idempotency_key) DO NOTHING",
+                (run_id, spec, now, now, idempotency_key, arguments),
+            ).rowcount
+            for warning in warnings if added else ():
+                self._insert_event(run_id, "warning", warning)
         known = self.by_key(idempotency_key) if idempotency_key else None
         return known or self.get(run_id)
 

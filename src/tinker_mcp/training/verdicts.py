@@ -89,8 +89,8 @@ def verdicts(counted: Counted) -> list[Verdict]:
     return [
         _trained(counted, "sft", ("supervised", "text")),
         _trained(counted, "dpo", ("preference",)),
-        _prompted(counted, "rl", _SAMPLE),
-        _prompted(counted, "distillation", _TEACH),
+        _prompted(counted, "rl", 'method="rl"', 'rl={"reward": ...}', _SAMPLE),
+        _prompted(counted, "distillation", 'method="distill"', 'distill={"teacher": ...}', _TEACH),
     ]
 
 
@@ -99,7 +99,8 @@ def _trained(counted: Counted, method: Method, kinds: Sequence[str]) -> Verdict:
     kind = max(kinds, key=lambda each: rows[each])
     if rows[kind]:
         why = f"{rows[kind]} of {counted.total} rows can be used{_unused(counted, kind)}"
-        return Verdict(method, "ready", why, _call(counted, kind, {}, rows[kind] < counted.total))
+        skips = rows[kind] < counted.total
+        return Verdict(method, "ready", why, _call(counted, method, kind, {}, skips))
     for kind in kinds:
         for layout in LAYOUTS_OF_KIND[kind]:
             if layout in counted.failures:
@@ -108,7 +109,8 @@ def _trained(counted: Counted, method: Method, kinds: Sequence[str]) -> Verdict:
             mapping = _mapping(counted, layout)
             if mapping:
                 why = f"its columns have other names than {' and '.join(NEEDED[layout])}"
-                return Verdict(method, "needs_mapping", why, _call(counted, kind, mapping, False))
+                call = _call(counted, method, kind, mapping, False)
+                return Verdict(method, "needs_mapping", why, call)
     return Verdict(method, "incompatible", _missing(method, counted), "")
 
 
@@ -120,14 +122,15 @@ def _unused(counted: Counted, kind: str) -> str:
     return f"; columns not used: {', '.join(name[:40] for name in names[:6])}" if names else ""
 
 
-def _prompted(counted: Counted, method: Method, call: str) -> Verdict:
+def _prompted(counted: Counted, method: Method, of_run: str, options: str, by_hand: str) -> Verdict:
     if counted.prompts:
         why = f"{counted.prompts} of {counted.total} rows have a prompt to answer"
-        return Verdict(method, "ready", why, call)
+        return Verdict(method, "ready", why, f"{_run(counted, of_run, {}, options)}; or {by_hand}")
     mapping = _mapping(counted, "prompt")
     if mapping:
         why = f"its prompts stand in {mapping['prompt']!r}"
-        return Verdict(method, "needs_mapping", why, f"{_inspect(counted, mapping)}, then {call}")
+        call = f"{_run(counted, of_run, mapping, options)}; or {_inspect(counted, mapping)}, then "
+        return Verdict(method, "needs_mapping", why, call + by_hand)
     return Verdict(method, "incompatible", "no row has a prompt to answer", "")
 
 
@@ -163,12 +166,28 @@ def _missing(method: Method, counted: Counted) -> str:
     return f"neither conversations nor text that can be trained on; columns: {names}"
 
 
-def _call(counted: Counted, kind: str, mapping: Mapping[str, str], skips: bool) -> str:
-    model = f'"{counted.base_model}"' if counted.base_model else "..."
-    parts = [f'path="{counted.path}"', f"base_model={model}", f'kind="{kind}"']
+def _call(
+    counted: Counted, method: Method, kind: str, mapping: Mapping[str, str], skips: bool
+) -> str:
+    """How to build datums, and how to have a run of them; that one takes no row that is wrong."""
+    parts = [f'path="{counted.path}"', _model(counted), f'kind="{kind}"']
     parts += _columns({**counted.mapping, **mapping})
     parts += ["skip_invalid=true"] if skips else []
-    return f"build_datums({', '.join(parts)})"
+    build = f"build_datums({', '.join(parts)})"
+    if skips:
+        return build
+    of_run = f'method="{method}"'
+    return f"{build} or {_run(counted, of_run, mapping, 'eval_share=0.1')}"
+
+
+def _run(counted: Counted, method: str, mapping: Mapping[str, str], options: str) -> str:
+    columns = _columns({**counted.mapping, **mapping})
+    parts = [method, f'data="{counted.path}"', _model(counted), *columns, options]
+    return f"start_run({', '.join(parts)})"
+
+
+def _model(counted: Counted) -> str:
+    return f'base_model="{counted.base_model}"' if counted.base_model else "base_model=..."
 
 
 def _inspect(counted: Counted, mapping: Mapping[str, str]) -> str:

@@ -14,6 +14,7 @@ from tinker import types
 
 from servers import LocalServer, serve_command, start_server
 from tinker_local import weights
+from tinker_local.server import ServeOptions, _prepared
 from tiny_data import TINY, sdk_datum, tokens_of
 
 BOUND_S = 30.0
@@ -82,6 +83,24 @@ def test_to_other_servers_the_name_means_what_it_meant(server: LocalServer) -> N
     folder = f"models--{NAME.replace('/', '--')}"
     assert (Path(server.env["HF_HOME"]) / "hub" / folder / "refs" / "main").exists()
     assert not (weights.hf_home(weights.cache_dir()) / "hub" / folder).exists()
+
+
+def test_a_folders_name_is_found_by_the_clients_of_its_server_alone(
+    server: LocalServer, tmp_path: Path
+) -> None:
+    folder = Path(server.env["HF_HOME"]) / "hub/models--tinker-local--tiny/snapshots"
+    tiny = next(folder.iterdir()).resolve()
+    options = ServeOptions([f"a/b={tiny}", TINY], "127.0.0.1", 0, tmp_path, "float32", 0)
+
+    models, hf_home = _prepared(options)
+
+    assert [model.name for model in models] == ["a/b", TINY]
+    assert hf_home.is_relative_to(tmp_path)
+    assert {path.name for path in (hf_home / "hub").iterdir()} == {
+        "models--a--b",
+        "models--tinker-local--tiny",
+    }
+    assert not (weights.hf_home(weights.cache_dir()) / "hub/models--a--b").exists()
 
 
 _TOKENIZE = f"""

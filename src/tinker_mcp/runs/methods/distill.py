@@ -31,6 +31,7 @@ from tinker_mcp.runs.rollouts import (
     Rolled,
     Usage,
     background,
+    load_cookbook,
     numbers_of,
     roll,
     seed_of,
@@ -106,10 +107,11 @@ async def on_policy(attempt: Attempt) -> Outcome:
     step = attempt.first_step
     transcripts.rewind(told, step)
     student = await _renderer(attempt)
+    await anyio.to_thread.run_sync(load_cookbook)  # before a client is there to stand idle
 
     async with (
-        attempt.opened(LOSS, floor=FLOOR) as client,
         teacher.opened(attempt, options) as scorer,
+        attempt.opened(LOSS, floor=FLOOR) as client,
         background() as start,
     ):
         alarm = KlAlarm(attempt.journal, behind, options.temperature)

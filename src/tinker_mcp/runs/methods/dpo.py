@@ -38,6 +38,8 @@ async def train(attempt: Attempt) -> Outcome:
     await anyio.to_thread.run_sync(dpo.load)  # seconds, in which a client would stand idle
     async with attempt.opened(LOSS) as client:
         loss = await _loss(attempt, client)
+        if loss is None:
+            return await attempt.end(client, attempt.first_step)
 
         def numbers(output: tinker.ForwardBackwardOutput) -> dict[str, float]:
             return {LOSS: loss.loss(output, ()), **loss.metrics(output)}
@@ -75,13 +77,18 @@ async def train(attempt: Attempt) -> Outcome:
         return await attempt.end(client, step)
 
 
-async def _loss(attempt: Attempt, client: tinker.TrainingClient) -> DpoLoss:
-    """The loss on this run's pairs, with the references that an earlier attempt left if it did."""
+async def _loss(attempt: Attempt, client: tinker.TrainingClient) -> DpoLoss | None:
+    """The loss on this run's pairs, with the references that an earlier attempt left if it did.
+
+    None where they are still to be computed, and max_usd does not allow it.
+    """
     datums = [*attempt.train, *attempt.held_out]
     cache = attempt.journal.folder.train_data.with_name(REFERENCES)
     key = _key(attempt)
     references = await anyio.to_thread.run_sync(_read, cache, key)
     if references is None:
+        if attempt.must_not_spend("The pass for the references", positions(datums)):
+            return None
         attempt.journal.spend(positions(datums))
         references = await _references(attempt, client, datums)
         await anyio.to_thread.run_sync(_write, cache, key, references)

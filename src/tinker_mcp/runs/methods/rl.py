@@ -34,6 +34,7 @@ from tinker_mcp.runs.rollouts import (
     Usage,
     background,
     datums_of,
+    load_cookbook,
     numbers_of,
     roll,
     seed_of,
@@ -78,33 +79,31 @@ async def train(attempt: Attempt) -> Outcome:
     step = attempt.first_step
     transcripts.rewind(_transcripts(attempt), step)
 
+    await anyio.to_thread.run_sync(load_cookbook)  # before a client is there to stand idle
     async with (
-        attempt.opened(LOSS, floor=FLOOR) as client,
         group_sources.opened(attempt) as source,
+        attempt.opened(LOSS, floor=FLOOR) as client,
         _reference(attempt, client) as reference,
         background() as start,
     ):
         batches = _Batches(attempt, source)
         ahead = Ahead(attempt, start, batches.bound, batches.make)
 
-        def new_sampler() -> asyncio.Task[tinker.SamplingClient]:
-            # In flight: one place for all of a run's sampler weights, not one more each step.
-            saved = client.save_weights_and_get_sampling_client(kind="inflight")
-            return start(saved.coroutine())
+        def new_sampler(kind: Any) -> asyncio.Task[tinker.SamplingClient]:
+            return start(client.save_weights_and_get_sampling_client(kind=kind).coroutine())
 
         def evaluate(step: int) -> None:
             bound = batches.evaluation_bound
             if not ahead.affords(bound):
                 attempt.journal.warn(f"The evaluation at step {step} was left out: max_usd.")
                 return
-            attempt.put(
-                ahead.paid(batches.evaluated(sampler), bound),
-                partial(attempt.journal.evaluation, step),
-            )
+            # Not the in-flight weights, which will be others before all is sampled.
+            work = batches.evaluated(new_sampler("snapshot"))
+            attempt.put(ahead.paid(work, bound), partial(attempt.journal.evaluation, step))
 
-        sampler = new_sampler()
+        sampler = new_sampler("inflight")  # one place for all, not one more each step
         ahead.go_on(step + 1 + options.max_off_policy_steps, sampler, step)
-        if step == 0 and source.held_out():
+        if step == 0 and source.has_held_out:
             evaluate(step)
         while step < spec.steps:
             batch = await ahead.next()
@@ -117,14 +116,13 @@ async def train(attempt: Attempt) -> Outcome:
             step += 1
             _tell(attempt, batch, step, source.renderer)
             requests = training.submit(attempt, client, batch, step)
-            is_eval_due = attempt.is_eval_due(step) and bool(source.held_out())
-            if batch.datums and (is_eval_due or ahead.needs_weights):
-                sampler = new_sampler()
+            if batch.datums and ahead.needs_weights:
+                sampler = new_sampler("inflight")
             attempt.put_step(
                 step, batch.datums, requests, partial(training.numbers, attempt, batch, step)
             )
             ahead.go_on(step + 1 + options.max_off_policy_steps, sampler, step)
-            if is_eval_due:
+            if source.has_held_out and attempt.is_eval_due(step):
                 evaluate(step)
             if attempt.is_save_due(step):
                 attempt.put_checkpoint(client, step, ttl_s=spec.ttl_s)
