@@ -12,11 +12,11 @@
    prompts.py   resources.py   completions.py   docs.py (the manual, searched)
    lifecycle.py (stdio, and the end)   http.py
  runs/       training that outlives a call
-   plan.py      what was asked -> a checked RunSpec, with its cost      spec.py, states.py
+   planning/    what was asked -> a checked RunSpec, with its cost      spec.py, states.py
    methods/     one file a method: the whole loop, on attempt.py and pipeline.py
+   policy/      what rl and distillation share: rollouts, environments, the teacher
    supervisor.py (start, watch, stop, resume)   worker.py (the detached process)
-   journal.py, folder.py (what it writes)       views.py (what is read)
-   rollouts.py, environments.py, teacher.py     what rl and distillation share
+   journal.py, folder.py (what it writes)       showing/ (what is read)
  scripting.py  what scripts/ share: programs on the plain SDK, without server or runs
  store/      runs, metrics, checkpoints and events in SQLite; the only room with SQL
  training/   the domain, on the tinker SDK and the cookbook: data, clients, loops, sampling

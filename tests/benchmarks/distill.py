@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tests.servers import LocalServer, start_server
-from tinker_mcp.runs.arguments import RunArguments
 from tinker_mcp.runs.folder import RunFolder
-from tinker_mcp.runs.plan import Planned, plan
+from tinker_mcp.runs.planning.arguments import RunArguments
+from tinker_mcp.runs.planning.plan import Planned, plan
 from tinker_mcp.runs.states import ACTIVE
 from tinker_mcp.runs.supervisor import Supervisor
 from tinker_mcp.settings import Settings

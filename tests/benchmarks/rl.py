@@ -88,8 +88,8 @@ def our_run(home: Path, server: LocalServer, spec: Mapping[str, Any], rows: Any)
     from tinker_mcp.runs.folder import RunFolder
     from tinker_mcp.runs.journal import Journal
     from tinker_mcp.runs.methods import method
+    from tinker_mcp.runs.policy.rollouts import load_cookbook
     from tinker_mcp.runs.prompts import Prompt
-    from tinker_mcp.runs.rollouts import load_cookbook
     from tinker_mcp.runs.spec import RunSpec
     from tinker_mcp.store.runs import RunStore
     from tinker_mcp.training.backend import Backend

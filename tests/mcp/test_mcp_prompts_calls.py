@@ -16,8 +16,8 @@ from mcp.client import Client
 from prompt_calls import Call, calls, code, dicts, is_open
 from pydantic import BaseModel, TypeAdapter
 
-from tinker_mcp.runs.arguments import RunArguments
 from tinker_mcp.runs.distill_options import DistillArguments
+from tinker_mcp.runs.planning.arguments import RunArguments
 from tinker_mcp.runs.rl_options import RlArguments
 from tinker_mcp.server import create_server, docs
 from tinker_mcp.server.completions import QUESTIONS

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from agents import TINY, Agent, in_memory
 
-from tinker_mcp.runs.arguments import RunArguments
+from tinker_mcp.runs.planning.arguments import RunArguments
 from tinker_mcp.server.tools import runs
 from tinker_mcp.settings import Settings
 from tinker_mcp.store.runs import RunStore

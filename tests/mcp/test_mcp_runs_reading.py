@@ -20,7 +20,7 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import ResourceTemplateReference
 
 from tinker_mcp.runs.folder import RunFolder
-from tinker_mcp.runs.series import NAN_MARK
+from tinker_mcp.runs.showing.series import NAN_MARK
 from tinker_mcp.runs.spec import DataFacts, RunSpec
 from tinker_mcp.settings import Settings
 from tinker_mcp.store.runs import RunStore

@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 from attempts import held_out_sentences, sentences, spec_of
 
-from tinker_mcp.runs.estimate import Estimate
 from tinker_mcp.runs.folder import RunFolder
-from tinker_mcp.runs.plan import Planned
+from tinker_mcp.runs.planning.estimate import Estimate
+from tinker_mcp.runs.planning.plan import Planned
 from tinker_mcp.runs.states import ACTIVE
 from tinker_mcp.runs.supervisor import Supervisor
 from tinker_mcp.store.rows import RunRow

@@ -10,8 +10,8 @@ from attempts import Run, backend_of, sentences, spec_of
 
 from servers import LocalServer
 from tinker_mcp.runs.distill_options import DistillOptions
-from tinker_mcp.runs.estimate import Estimate
-from tinker_mcp.runs.plan import Planned
+from tinker_mcp.runs.planning.estimate import Estimate
+from tinker_mcp.runs.planning.plan import Planned
 from tinker_mcp.runs.prompts import Prompt
 from tinker_mcp.runs.spec import RunSpec
 from tinker_mcp.store.runs import RunStore

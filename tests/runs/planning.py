@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.runs.arguments import RunArguments
-from tinker_mcp.runs.plan import Planned, plan
+from tinker_mcp.runs.planning.arguments import RunArguments
+from tinker_mcp.runs.planning.plan import Planned, plan
 from tinker_mcp.settings import Settings
 from tinker_mcp.training.backend import Backend, BackendConnector
 from tinker_mcp.training.building import BuildPlan, Built, build

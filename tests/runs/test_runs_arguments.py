@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tinker_mcp.runs.arguments import RunArguments
+from tinker_mcp.runs.planning.arguments import RunArguments
 
 
 def test_whatever_is_left_out_is_left_open() -> None:

@@ -21,8 +21,8 @@ from rich.console import Console
 from stored_runs import LEASE, StoredRun
 
 from tinker_mcp.cli import lines, main, watching
+from tinker_mcp.runs.showing.views import summary
 from tinker_mcp.runs.supervisor import Supervisor
-from tinker_mcp.runs.views import summary
 from tinker_mcp.settings import Settings
 from tinker_mcp.store.runs import RunStore
 

@@ -10,8 +10,8 @@ from detached import completed, kill, metric_lines, reached, until
 from distill_runs import a_planned_distillation, a_teacher, asked, distill_backend_of
 
 from servers import LocalServer
-from tinker_mcp.runs import teacher
 from tinker_mcp.runs.folder import RunFolder
+from tinker_mcp.runs.policy import teacher
 from tinker_mcp.runs.supervisor import Supervisor
 from tinker_mcp.store.runs import RunStore
 

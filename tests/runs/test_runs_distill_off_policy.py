@@ -11,8 +11,8 @@ from attempts import Run
 from distill_runs import a_distillation, a_teacher, asked, distill_backend_of, notes
 
 from servers import LocalServer
-from tinker_mcp.runs import teacher
 from tinker_mcp.runs.journal import Journal
+from tinker_mcp.runs.policy import teacher
 from tinker_mcp.runs.prompts import Prompt
 from tinker_mcp.runs.states import StopReason
 from tinker_mcp.training.backend import Backend

@@ -12,10 +12,11 @@ from distill_runs import a_teacher, distill_backend_of
 from planning import TINY, planned, refusal, workspace_on, write
 
 from servers import LocalServer
-from tinker_mcp.runs import distill_plan, teacher
 from tinker_mcp.runs.folder import RunFolder
+from tinker_mcp.runs.planning import distill_plan
+from tinker_mcp.runs.policy import teacher
+from tinker_mcp.runs.showing.views import summary
 from tinker_mcp.runs.supervisor import Supervisor
-from tinker_mcp.runs.views import summary
 from tinker_mcp.settings import Settings
 from tinker_mcp.store.runs import RunStore
 from tinker_mcp.training.clients import Workspace

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from planning import arguments, conversations, workspace_on, write
 
-from tinker_mcp.runs.estimate import Speed, counted, estimate, evaluations, passes
-from tinker_mcp.runs.plan import forecast, plan
+from tinker_mcp.runs.planning.estimate import Speed, counted, estimate, evaluations, passes
+from tinker_mcp.runs.planning.plan import forecast, plan
 from tinker_mcp.runs.spec import DataFacts, RunSpec
 from tinker_mcp.settings import Settings
 from tinker_mcp.training.clients import Workspace

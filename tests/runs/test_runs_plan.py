@@ -20,7 +20,7 @@ from planning import (
 )
 
 from servers import LocalServer
-from tinker_mcp.runs.plan import forecast, plan
+from tinker_mcp.runs.planning.plan import forecast, plan
 from tinker_mcp.runs.spec import RunSpec
 from tinker_mcp.settings import Settings
 from tinker_mcp.training import checkpoints, models

@@ -24,7 +24,7 @@ from rl_runs import (
 
 from servers import LocalServer, start_server
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.runs.drift import KL_ALARM
+from tinker_mcp.runs.policy.drift import KL_ALARM
 from tinker_mcp.training.backend import Backend
 
 V1, V2 = "optim/kl_sample_train_v1", "optim/kl_sample_train_v2"

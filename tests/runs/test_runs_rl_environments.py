@@ -10,7 +10,7 @@ from rl_runs import REWARD, an_rl_run, rl_backend_of, transcripts
 
 from servers import LocalServer
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.runs import environments
+from tinker_mcp.runs.policy import environments
 from tinker_mcp.runs.rl_options import EnvironmentSpec
 from tinker_mcp.training.backend import Backend
 

@@ -10,8 +10,8 @@ import pytest
 from planning import planned, refusal, workspace_on, write
 
 from tinker_mcp.runs import prompts
-from tinker_mcp.runs.arguments import RunArguments
-from tinker_mcp.runs.plan import forecast
+from tinker_mcp.runs.planning.arguments import RunArguments
+from tinker_mcp.runs.planning.plan import forecast
 from tinker_mcp.settings import Settings
 from tinker_mcp.training.clients import Workspace
 

@@ -10,9 +10,9 @@ import pytest
 from detached import completed, ended, kill, metric_lines, reached, until
 from rl_runs import REWARD, SMALL, asked, rl_spec, transcripts_in
 
-from tinker_mcp.runs.estimate import Estimate
 from tinker_mcp.runs.folder import RunFolder
-from tinker_mcp.runs.plan import Planned
+from tinker_mcp.runs.planning.estimate import Estimate
+from tinker_mcp.runs.planning.plan import Planned
 from tinker_mcp.runs.rl_options import EnvironmentSpec
 from tinker_mcp.runs.supervisor import Supervisor
 

@@ -27,11 +27,11 @@ from detached import (
 )
 
 from tinker_mcp.errors import InvalidInputError, NotFoundError
-from tinker_mcp.runs.arguments import RunArguments
 from tinker_mcp.runs.folder import RunFolder
+from tinker_mcp.runs.planning.arguments import RunArguments
+from tinker_mcp.runs.showing.views import summary
 from tinker_mcp.runs.spec import RunSpec
 from tinker_mcp.runs.supervisor import Supervisor, as_told
-from tinker_mcp.runs.views import summary
 from tinker_mcp.settings import Settings
 from tinker_mcp.store.rows import RunRow
 from tinker_mcp.store.runs import RunStore, exists

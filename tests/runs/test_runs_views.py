@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from stored_runs import StoredRun
 
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.runs.series import Point, Series, cut, series, sparkline
-from tinker_mcp.runs.views import RunSummary, Until, Watcher, changes, moment, summary, tail
+from tinker_mcp.runs.showing.series import Point, Series, cut, series, sparkline
+from tinker_mcp.runs.showing.views import RunSummary, Until, Watcher, changes, moment, summary, tail
 from tinker_mcp.store.rows import MetricRow
 from tinker_mcp.store.runs import RunStore
 

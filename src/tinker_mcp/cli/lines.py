@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tinker_mcp.runs.views import Change, RunSummary
+from tinker_mcp.runs.showing.views import Change, RunSummary
 
 HEAD = ("RUN", "NAME", "METHOD", "STATE", "STEP", "LOSS", "EVAL", "COST", "LEFT", "AGE")
 _MAX_NAME_CHARACTERS = 24

@@ -21,8 +21,8 @@ from tinker_mcp.settings import Settings
 
 if TYPE_CHECKING:
     from tinker_mcp.runs.folder import RunFolder
+    from tinker_mcp.runs.showing.views import RunSummary
     from tinker_mcp.runs.supervisor import Supervisor
-    from tinker_mcp.runs.views import RunSummary
     from tinker_mcp.store.rows import RunRow
 
 POLL_S = 0.25
@@ -83,7 +83,7 @@ def runs(as_json: bool, is_all: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 def wait(run: str | None, timeout_s: float | None, until_text: str, as_json: bool) -> None:
     from tinker_mcp.cli.lines import change_line, run_line
-    from tinker_mcp.runs.views import Until, Watcher
+    from tinker_mcp.runs.showing.views import Until, Watcher
     from tinker_mcp.store.runs import RunStore
 
     until = Until.parse(until_text)
@@ -127,7 +127,7 @@ def _exit_code(summary: RunSummary, has_met: bool) -> int:
 def logs(run: str | None, is_followed: bool, lines: int) -> None:
     from tinker_mcp.runs.folder import RunFolder
     from tinker_mcp.runs.redaction import secrets_in
-    from tinker_mcp.runs.views import redacted, tail
+    from tinker_mcp.runs.showing.views import redacted, tail
 
     row = _found(run)
     folder = RunFolder.of(_settings().home, row.run_id)
@@ -271,7 +271,7 @@ def _supervisor() -> Supervisor:
 
 
 def _summary(row: RunRow) -> RunSummary:
-    from tinker_mcp.runs.views import summary
+    from tinker_mcp.runs.showing.views import summary
     from tinker_mcp.store.runs import RunStore
 
     with RunStore(_settings().home) as store:

@@ -13,9 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinker_mcp.cli import lines
-from tinker_mcp.runs.states import ACTIVE
-from tinker_mcp.runs.supervisor import Supervisor
-from tinker_mcp.runs.views import (
+from tinker_mcp.runs.showing.views import (
     HELD_OUT_OF,
     MAX_POINTS,
     RunSummary,
@@ -24,6 +22,8 @@ from tinker_mcp.runs.views import (
     sparkline,
     summary,
 )
+from tinker_mcp.runs.states import ACTIVE
+from tinker_mcp.runs.supervisor import Supervisor
 from tinker_mcp.store.rows import MetricRow, RunRow
 from tinker_mcp.store.runs import RunStore, exists
 

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from tinker_mcp.runs.folder import RunFolder
-from tinker_mcp.runs.log_tail import redacted
+from tinker_mcp.runs.showing.log_tail import redacted
 from tinker_mcp.runs.spec import LoggerName, RunSpec
 from tinker_mcp.store.rows import MetricKind
 

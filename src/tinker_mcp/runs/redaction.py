@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import TextIO
 from urllib.parse import urlsplit
 
-from tinker_mcp.runs.log_tail import redacted
+from tinker_mcp.runs.showing.log_tail import redacted
 
 _NAMES = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
 _MIN_CHARACTERS = 6  # a shorter one would hide parts of words

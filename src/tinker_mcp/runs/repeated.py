@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.runs.arguments import RunArguments
+from tinker_mcp.runs.planning.arguments import RunArguments
 from tinker_mcp.store.rows import RunRow
 
 _SHOWN_CHARACTERS = 80  # of a value; those of rl may be long

@@ -22,8 +22,8 @@ import structlog
 
 from tinker_mcp.errors import InvalidInputError, NotFoundError
 from tinker_mcp.runs import repeated, which
-from tinker_mcp.runs.arguments import RunArguments
 from tinker_mcp.runs.folder import RunFolder
+from tinker_mcp.runs.planning.arguments import RunArguments
 from tinker_mcp.runs.spec import RunSpec
 from tinker_mcp.runs.states import ACTIVE, CRASHED_AFTER_S, HEARTBEAT_S, RunState, told
 from tinker_mcp.settings import Settings
@@ -31,7 +31,7 @@ from tinker_mcp.store.rows import RunRow
 from tinker_mcp.store.runs import LeaseLostError, RunStore, exists
 
 if TYPE_CHECKING:
-    from tinker_mcp.runs.plan import Planned
+    from tinker_mcp.runs.planning.plan import Planned
 
 log = structlog.get_logger()
 

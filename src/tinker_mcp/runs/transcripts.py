@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinker_mcp.runs.rollouts import Rolled
+    from tinker_mcp.runs.policy.rollouts import Rolled
     from tinker_mcp.training.rendering import ModelRenderer
 
 FILE_NAME = "transcripts.jsonl"

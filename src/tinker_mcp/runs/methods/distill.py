@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any, cast
 import anyio.to_thread
 
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.runs import teacher, transcripts
+from tinker_mcp.runs import transcripts
 from tinker_mcp.runs.ahead import Ahead, Bill
 from tinker_mcp.runs.attempt import Attempt, Outcome, positions
 from tinker_mcp.runs.distill_options import DistillOptions
-from tinker_mcp.runs.drift import CookbookScorer, KlAlarm
 from tinker_mcp.runs.methods import sft
-from tinker_mcp.runs.prompts import Prompt
-from tinker_mcp.runs.prompts import load_both as load
-from tinker_mcp.runs.rollouts import (
+from tinker_mcp.runs.policy import teacher
+from tinker_mcp.runs.policy.drift import CookbookScorer, KlAlarm
+from tinker_mcp.runs.policy.rollouts import (
     Policy,
     PromptGroup,
     Rolled,
@@ -37,6 +36,8 @@ from tinker_mcp.runs.rollouts import (
     seed_of,
     together,
 )
+from tinker_mcp.runs.prompts import Prompt
+from tinker_mcp.runs.prompts import load_both as load
 from tinker_mcp.runs.spec import RunSpec
 from tinker_mcp.training import losses, rendering
 from tinker_mcp.training.rendering import ModelRenderer

@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 import anyio.to_thread
 
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.runs import group_sources, prompts, transcripts
+from tinker_mcp.runs import prompts, transcripts
 from tinker_mcp.runs.ahead import Ahead, Bill
 from tinker_mcp.runs.attempt import Attempt, Outcome, positions
-from tinker_mcp.runs.drift import CookbookScorer, KlAlarm
-from tinker_mcp.runs.group_sources import Source
-from tinker_mcp.runs.prompts import Prompt
-from tinker_mcp.runs.rl_options import RlOptions, options_of
-from tinker_mcp.runs.rollouts import (
+from tinker_mcp.runs.policy import group_sources
+from tinker_mcp.runs.policy.drift import CookbookScorer, KlAlarm
+from tinker_mcp.runs.policy.group_sources import Source
+from tinker_mcp.runs.policy.rollouts import (
     Policy,
     PromptGroup,
     Rolled,
@@ -40,6 +39,8 @@ from tinker_mcp.runs.rollouts import (
     seed_of,
     together,
 )
+from tinker_mcp.runs.prompts import Prompt
+from tinker_mcp.runs.rl_options import RlOptions, options_of
 from tinker_mcp.runs.spec import RunSpec
 from tinker_mcp.training import losses
 from tinker_mcp.training.rendering import ModelRenderer

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.runs.arguments import RunArguments
+from tinker_mcp.runs.planning.arguments import RunArguments
 from tinker_mcp.server.boundary import problems
 from tinker_mcp.server.tools.replies import (
     STILL_RUNNING,
@@ -22,7 +22,7 @@ from tinker_mcp.settings import Settings
 from tinker_mcp.training import prices
 
 if TYPE_CHECKING:
-    from tinker_mcp.runs.plan import Planned
+    from tinker_mcp.runs.planning.plan import Planned
 
 
 class CostEstimate(BaseModel):
@@ -51,7 +51,7 @@ async def estimate_cost(
 
     Counts the tokens of the rendered data, times a dated price. Next: start_run.
     """
-    from tinker_mcp.runs.plan import forecast
+    from tinker_mcp.runs.planning.plan import forecast
 
     planned = await forecast(workspace_of(ctx), run_arguments(spec))
     if planned is None:

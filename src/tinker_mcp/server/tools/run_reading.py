@@ -27,8 +27,8 @@ from tinker_mcp.server.tools.run_replies import (
 from tinker_mcp.settings import Settings
 
 if TYPE_CHECKING:
+    from tinker_mcp.runs.showing.views import Change, Moment, RunSummary
     from tinker_mcp.runs.supervisor import Supervisor
-    from tinker_mcp.runs.views import Change, Moment, RunSummary
     from tinker_mcp.store.rows import RunRow
     from tinker_mcp.store.runs import RunStore
 
@@ -90,7 +90,7 @@ def _listed(store: RunStore, row: RunRow) -> ListedRun:
 
 
 def _last_loss(store: RunStore, row: RunRow, spec: RunSpec) -> float | None:
-    from tinker_mcp.runs.views import loss_of
+    from tinker_mcp.runs.showing.views import loss_of
 
     last = store.metrics(row.run_id, "train", after=row.step - 1)
     return last[-1].numbers.get(loss_of(spec)) if last else None
@@ -111,9 +111,9 @@ def details(
         InvalidInputError: It has no such metric.
     """
     from tinker_mcp.runs.folder import RunFolder
+    from tinker_mcp.runs.showing.views import HELD_OUT_OF, metric_names, series, sparkline, tail
     from tinker_mcp.runs.transcripts import last as last_transcripts
     from tinker_mcp.runs.transcripts import path_in
-    from tinker_mcp.runs.views import HELD_OUT_OF, metric_names, series, sparkline, tail
 
     run = summary(settings, run_id)
     with _store(settings) as store:
@@ -183,7 +183,7 @@ class Look:
 
 def look(settings: Settings, run_id: str, since: Moment | None) -> Look:
     """A quick look at a run: a few rows, however long it is."""
-    from tinker_mcp.runs.views import changes, moment
+    from tinker_mcp.runs.showing.views import changes, moment
 
     row = supervisor(settings).run(run_id)
     spec = RunSpec.model_validate_json(row.spec)
@@ -205,8 +205,8 @@ def _check_metrics(run_id: str, wanted: Sequence[str], known: Sequence[str]) -> 
 
 def plotted(settings: Settings, run_id: str) -> bytes:
     """The loss curves of a run as a PNG."""
-    from tinker_mcp.runs.plot import curves_png
-    from tinker_mcp.runs.views import HELD_OUT_OF
+    from tinker_mcp.runs.showing.plot import curves_png
+    from tinker_mcp.runs.showing.views import HELD_OUT_OF
 
     run = summary(settings, run_id)
     curves = {}
@@ -247,7 +247,7 @@ def summary(settings: Settings, run_id: str) -> RunSummary:
     Raises:
         NotFoundError: There is none of this id.
     """
-    from tinker_mcp.runs import views
+    from tinker_mcp.runs.showing import views
 
     row = supervisor(settings).run(run_id)
     with _store(settings) as store:

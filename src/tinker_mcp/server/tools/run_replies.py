@@ -1,4 +1,4 @@
-"""The replies of the tools for runs, and how they are made of what `runs.views` shows."""
+"""The replies of the tools for runs, and how they are made of what `runs.showing` shows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tinker_mcp.runs.states import RunState
 from tinker_mcp.server.tools.replies import finite
 
 if TYPE_CHECKING:
-    from tinker_mcp.runs.plan import Planned
-    from tinker_mcp.runs.views import Change, RunSummary, Series
+    from tinker_mcp.runs.planning.plan import Planned
+    from tinker_mcp.runs.showing.views import Change, RunSummary, Series
     from tinker_mcp.store.rows import CheckpointRow, RunRow
 
 

@@ -16,7 +16,7 @@ from anyio.to_thread import run_sync
 from mcp_types import CallToolResult, ContentBlock, ImageContent, TextContent
 from pydantic import Field, WithJsonSchema
 
-from tinker_mcp.runs.arguments import WEEK_S
+from tinker_mcp.runs.planning.arguments import WEEK_S
 from tinker_mcp.runs.repeated import check_same
 from tinker_mcp.runs.spec import LoggerName, LrSchedule, Method, RunSpec
 from tinker_mcp.runs.states import ACTIVE, RunState
@@ -43,7 +43,7 @@ from tinker_mcp.server.tools.run_replies import (
 from tinker_mcp.settings import Settings
 
 if TYPE_CHECKING:
-    from tinker_mcp.runs.plan import Planned
+    from tinker_mcp.runs.planning.plan import Planned
     from tinker_mcp.store.rows import RunRow
 
 _LOOK_EVERY_S = 0.25
@@ -106,7 +106,7 @@ async def start_run(
     if known is not None and known.lease is not None:
         check_same(known, arguments)
         return await run_sync(_started, settings, known, None)
-    from tinker_mcp.runs.plan import plan
+    from tinker_mcp.runs.planning.plan import plan
 
     planned = await plan(workspace, arguments)
     if planned is None:
@@ -168,7 +168,7 @@ async def wait_for_run(
 
     finished=false: call it again.
     """
-    from tinker_mcp.runs.views import Until
+    from tinker_mcp.runs.showing.views import Until
 
     deadline = time.monotonic() + timeout_s
     settings, goal = workspace_of(ctx).connector.settings, Until.parse(until)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tinker_mcp.errors import TinkerMcpError
-from tinker_mcp.runs.arguments import RunArguments
-from tinker_mcp.runs.findings import Findings
+from tinker_mcp.runs.planning.arguments import RunArguments
+from tinker_mcp.runs.planning.findings import Findings
 from tinker_mcp.training import losses
 
 

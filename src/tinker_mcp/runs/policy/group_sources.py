@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import anyio.to_thread
 
-from tinker_mcp.runs import environments
 from tinker_mcp.runs.attempt import Attempt
+from tinker_mcp.runs.policy import environments
+from tinker_mcp.runs.policy.rollouts import PromptGroup
 from tinker_mcp.runs.prompts import Prompt
 from tinker_mcp.runs.rl_options import options_of
-from tinker_mcp.runs.rollouts import PromptGroup
 from tinker_mcp.settings import Settings
 from tinker_mcp.training import rendering
 from tinker_mcp.training.rendering import ModelRenderer

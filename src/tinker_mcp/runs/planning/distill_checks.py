@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tinker_mcp.runs.arguments import RunArguments
 from tinker_mcp.runs.distill_options import Mode
-from tinker_mcp.runs.findings import Findings
+from tinker_mcp.runs.planning.arguments import RunArguments
+from tinker_mcp.runs.planning.findings import Findings
 
 METHODS = ("distill", "prompt_distill")
 

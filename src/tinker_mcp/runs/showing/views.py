@@ -8,9 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from tinker_mcp.runs.changes import Change, Moment, Until, Watcher, changes, moment
-from tinker_mcp.runs.log_tail import redacted, tail
-from tinker_mcp.runs.series import MAX_POINTS, Point, Series, metric_names, series, sparkline
+from tinker_mcp.runs.showing.changes import Change, Moment, Until, Watcher, changes, moment
+from tinker_mcp.runs.showing.log_tail import redacted, tail
+from tinker_mcp.runs.showing.series import (
+    MAX_POINTS,
+    Point,
+    Series,
+    metric_names,
+    series,
+    sparkline,
+)
 from tinker_mcp.runs.spec import Method, RunSpec
 from tinker_mcp.runs.states import ACTIVE, RunState, told
 from tinker_mcp.store.rows import CheckpointRow, MetricRow, RunRow

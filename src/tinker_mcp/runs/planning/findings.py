@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from tinker_mcp.errors import InvalidInputError, TinkerMcpError
-from tinker_mcp.runs.arguments import Acceptance
+from tinker_mcp.runs.planning.arguments import Acceptance
 
 
 @dataclass

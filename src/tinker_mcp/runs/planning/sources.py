@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinker_mcp.errors import TinkerMcpError
-from tinker_mcp.runs.arguments import RunArguments
-from tinker_mcp.runs.findings import Findings
+from tinker_mcp.runs.planning.arguments import RunArguments
+from tinker_mcp.runs.planning.findings import Findings
 from tinker_mcp.runs.spec import Method
 from tinker_mcp.training import datasets, datums, roots
 from tinker_mcp.training.clients import Workspace

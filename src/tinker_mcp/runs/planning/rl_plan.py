@@ -11,15 +11,15 @@ from typing import Any
 import anyio.to_thread
 
 from tinker_mcp.errors import TinkerMcpError
-from tinker_mcp.runs import checks, prompt_sets
-from tinker_mcp.runs.arguments import RunArguments
-from tinker_mcp.runs.checks import Base
-from tinker_mcp.runs.estimate import Estimate, evaluations
-from tinker_mcp.runs.findings import Findings
-from tinker_mcp.runs.material import Material
+from tinker_mcp.runs.planning import checks, prompt_sets
+from tinker_mcp.runs.planning.arguments import RunArguments
+from tinker_mcp.runs.planning.checks import Base
+from tinker_mcp.runs.planning.estimate import Estimate, evaluations
+from tinker_mcp.runs.planning.findings import Findings
+from tinker_mcp.runs.planning.material import Material
+from tinker_mcp.runs.planning.sets import LONGEST
 from tinker_mcp.runs.prompts import Prompt
 from tinker_mcp.runs.rl_options import CACHED_SHARE, EnvironmentSpec, RlArguments, RlOptions
-from tinker_mcp.runs.sets import LONGEST
 from tinker_mcp.runs.spec import DataFacts, RunSpec
 from tinker_mcp.settings import Settings
 from tinker_mcp.training import roots
@@ -130,7 +130,7 @@ async def options(
 
 
 async def _has_environment(found: EnvironmentSpec | None, findings: Findings) -> bool:
-    from tinker_mcp.runs import environments, group_sources
+    from tinker_mcp.runs.policy import environments, group_sources
 
     if found is None:
         return False

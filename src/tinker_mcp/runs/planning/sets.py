@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from tinker_mcp.errors import TinkerMcpError
-from tinker_mcp.runs import checks, sources
-from tinker_mcp.runs.arguments import RunArguments
-from tinker_mcp.runs.checks import Base
-from tinker_mcp.runs.findings import Findings
-from tinker_mcp.runs.sources import Rows
+from tinker_mcp.runs.planning import checks, sources
+from tinker_mcp.runs.planning.arguments import RunArguments
+from tinker_mcp.runs.planning.checks import Base
+from tinker_mcp.runs.planning.findings import Findings
+from tinker_mcp.runs.planning.sources import Rows
 from tinker_mcp.training import datasets
 from tinker_mcp.training.backend import Backend
 from tinker_mcp.training.clients import Workspace

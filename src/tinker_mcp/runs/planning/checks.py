@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tinker_mcp.errors import NotFoundError, RequestFailedError, TinkerMcpError
-from tinker_mcp.runs import distill_checks, rl_checks
-from tinker_mcp.runs.arguments import RunArguments
-from tinker_mcp.runs.estimate import Estimate
-from tinker_mcp.runs.findings import Findings
-from tinker_mcp.runs.sources import Rows, is_handle
+from tinker_mcp.runs.planning import distill_checks, rl_checks
+from tinker_mcp.runs.planning.arguments import RunArguments
+from tinker_mcp.runs.planning.estimate import Estimate
+from tinker_mcp.runs.planning.findings import Findings
+from tinker_mcp.runs.planning.sources import Rows, is_handle
 from tinker_mcp.runs.spec import DATUM_METHODS, RunSpec
 from tinker_mcp.settings import Settings
 from tinker_mcp.training import building, models, prices, rendering

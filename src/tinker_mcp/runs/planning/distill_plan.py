@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 import anyio.to_thread
 
 from tinker_mcp.errors import NotFoundError, RequestFailedError, TinkerMcpError
-from tinker_mcp.runs import checks, prompt_sets
-from tinker_mcp.runs.arguments import RunArguments
-from tinker_mcp.runs.checks import Base
-from tinker_mcp.runs.distill_checks import mode_of
 from tinker_mcp.runs.distill_options import GROUP_SIZES, DistillArguments, DistillOptions, Mode
-from tinker_mcp.runs.estimate import Estimate, evaluations
-from tinker_mcp.runs.findings import Findings
-from tinker_mcp.runs.material import Material
-from tinker_mcp.runs.prompt_sets import PromptSets
+from tinker_mcp.runs.planning import checks, prompt_sets
+from tinker_mcp.runs.planning.arguments import RunArguments
+from tinker_mcp.runs.planning.checks import Base
+from tinker_mcp.runs.planning.distill_checks import mode_of
+from tinker_mcp.runs.planning.estimate import Estimate, evaluations
+from tinker_mcp.runs.planning.findings import Findings
+from tinker_mcp.runs.planning.material import Material
+from tinker_mcp.runs.planning.prompt_sets import PromptSets
+from tinker_mcp.runs.planning.sets import LONGEST
+from tinker_mcp.runs.policy.teacher import instructed
 from tinker_mcp.runs.prompts import Prompt
 from tinker_mcp.runs.rl_options import CACHED_SHARE
-from tinker_mcp.runs.sets import LONGEST
 from tinker_mcp.runs.spec import RunSpec
-from tinker_mcp.runs.teacher import instructed
 from tinker_mcp.training import building, models, rendering
 from tinker_mcp.training.backend import Backend
 from tinker_mcp.training.clients import Workspace

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinker_mcp.errors import TinkerMcpError
-from tinker_mcp.runs import checks, prompts
-from tinker_mcp.runs.arguments import RunArguments
-from tinker_mcp.runs.checks import Base
-from tinker_mcp.runs.findings import Findings
+from tinker_mcp.runs import prompts
+from tinker_mcp.runs.planning import checks
+from tinker_mcp.runs.planning.arguments import RunArguments
+from tinker_mcp.runs.planning.checks import Base
+from tinker_mcp.runs.planning.findings import Findings
+from tinker_mcp.runs.planning.sets import LONGEST
 from tinker_mcp.runs.prompts import Prompt
-from tinker_mcp.runs.sets import LONGEST
 from tinker_mcp.runs.spec import DataFacts
 from tinker_mcp.settings import Settings
 from tinker_mcp.training import datasets, roots

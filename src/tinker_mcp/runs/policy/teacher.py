@@ -19,8 +19,8 @@ import anyio.to_thread
 from tinker_mcp.errors import InvalidInputError
 from tinker_mcp.runs.attempt import Attempt, Outcome
 from tinker_mcp.runs.distill_options import DistillOptions
+from tinker_mcp.runs.policy.rollouts import Policy, PromptGroup, Usage, roll, seed_of, together
 from tinker_mcp.runs.prompts import Prompt
-from tinker_mcp.runs.rollouts import Policy, PromptGroup, Usage, roll, seed_of, together
 from tinker_mcp.training import datums, rendering, sessions
 from tinker_mcp.training.formats import Conversation
 from tinker_mcp.training.rendering import ModelRenderer

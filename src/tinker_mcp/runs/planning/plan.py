@@ -16,14 +16,14 @@ from typing import Any
 import anyio.to_thread
 
 from tinker_mcp.errors import TinkerMcpError
-from tinker_mcp.runs import checks, distill_checks, distill_plan, rl_plan, sets, sources
-from tinker_mcp.runs.arguments import RunArguments
-from tinker_mcp.runs.checks import Base
-from tinker_mcp.runs.estimate import Estimate, Speed, estimate, known_speed, measured_speed
-from tinker_mcp.runs.findings import Findings
-from tinker_mcp.runs.material import Material
-from tinker_mcp.runs.sets import Sets
-from tinker_mcp.runs.sources import Rows
+from tinker_mcp.runs.planning import checks, distill_checks, distill_plan, rl_plan, sets, sources
+from tinker_mcp.runs.planning.arguments import RunArguments
+from tinker_mcp.runs.planning.checks import Base
+from tinker_mcp.runs.planning.estimate import Estimate, Speed, estimate, known_speed, measured_speed
+from tinker_mcp.runs.planning.findings import Findings
+from tinker_mcp.runs.planning.material import Material
+from tinker_mcp.runs.planning.sets import Sets
+from tinker_mcp.runs.planning.sources import Rows
 from tinker_mcp.runs.spec import DATUM_METHODS, DataFacts, RunSpec
 from tinker_mcp.training.backend import Backend
 from tinker_mcp.training.clients import Workspace

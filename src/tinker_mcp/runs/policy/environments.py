@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tinker_mcp.errors import InvalidInputError
+from tinker_mcp.runs.policy.rollouts import Policy, PromptGroup
 from tinker_mcp.runs.prompts import Prompt
 from tinker_mcp.runs.rl_options import EnvironmentSpec
-from tinker_mcp.runs.rollouts import Policy, PromptGroup
 from tinker_mcp.training.backend import Backend
 from tinker_mcp.training.loop import batch_of
 from tinker_mcp.training.rendering import ModelRenderer

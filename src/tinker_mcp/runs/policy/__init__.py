@@ -1,0 +1,1 @@
+"""What rl and distillation share: sampled groups, where they come from, the teacher, the drift."""

@@ -1,0 +1,1 @@
+"""Runs as they are read: summaries, series, curves, what is new. Nothing here writes."""
