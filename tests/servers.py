@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -9,6 +10,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
+import pytest
 
 START_BOUND_S = 60.0  # importing torch and transformers: 5 s, on a busy machine several times that
 STOP_BOUND_S = 10.0
@@ -93,6 +97,37 @@ def start_server(
         _close(process)
         raise AssertionError(f"tinker-local was not ready: {log.read_text()}")
     return LocalServer(**json.loads(line), process=process, state_dir=state_dir, log=log)
+
+
+def serve_tiny_alone(patch: pytest.MonkeyPatch) -> None:
+    """A backend that the tested code starts serves the tiny model."""
+    patch.setenv("TINKER_LOCAL_MODELS", "tinker-local/tiny")
+    patch.setenv("TINKER_LOCAL_DTYPE", "float32")
+    patch.setenv("OMP_NUM_THREADS", "1")
+
+
+def backends_of(home: Path) -> list[psutil.Process]:
+    """The live local backends of a home, whoever started them."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            is_one = str(home / "local") in process.cmdline()
+            if is_one and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:  # gone meanwhile
+            continue
+    return found
+
+
+def end_backends(home: Path) -> None:
+    """End whatever serves a home, started or starting."""
+    for process in backends_of(home):
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs(backends_of(home), timeout=STOP_BOUND_S)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=5)
 
 
 def _close(process: subprocess.Popen[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-import psutil
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters, stdio_client
 
@@ -96,26 +94,3 @@ async def over_stdio(home: Path, errlog: TextIO = sys.stderr, **env: str) -> Asy
     )
     async with Client(stdio_client(parameters, errlog=errlog)) as client:
         yield Agent(client)
-
-
-def end_backend(home: Path) -> None:
-    """End whatever serves `home`, started or starting."""
-    for process in backends_of(home):
-        process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(backends_of(home), timeout=10)
-    for process in alive:
-        process.kill()
-    psutil.wait_procs(alive, timeout=5)
-
-
-def backends_of(home: Path) -> list[psutil.Process]:
-    """The live tinker_local processes that serve `home`."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            command = process.cmdline()
-        except psutil.Error:  # gone meanwhile
-            continue
-        if str(home / "local") in command and process.status() != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found

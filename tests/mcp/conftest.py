@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from agents import end_backend
 
-from servers import LocalServer, start_server
+from servers import LocalServer, end_backends, serve_tiny_alone, start_server
 from tinker_mcp.settings import Settings
 from tinker_mcp.training.backend import Backend
 
@@ -23,11 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _tiny_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend that a server starts in these tests serves the tiny model."""
-    monkeypatch.setenv("TINKER_LOCAL_MODELS", "tinker-local/tiny")
-    monkeypatch.setenv("TINKER_LOCAL_DTYPE", "float32")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def _tiny_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_tiny_alone(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +49,7 @@ def own_home(tmp_path: Path) -> Iterator[Path]:
     """A home without a backend; whatever is started there is ended."""
     own = tmp_path / "own-home"
     yield own
-    end_backend(own)
+    end_backends(own)
 
 
 @pytest.fixture(scope="session")

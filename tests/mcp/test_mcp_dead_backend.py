@@ -17,9 +17,9 @@ from typing import Any, cast
 import httpx
 import pytest
 import tinker
-from agents import TINY, backends_of, in_memory, over_stdio
+from agents import TINY, in_memory, over_stdio
 
-from servers import LocalServer, start_server
+from servers import LocalServer, backends_of, start_server
 from tinker_mcp.errors import ClientLostError, RequestFailedError, TinkerMcpError
 from tinker_mcp.settings import Settings
 from tinker_mcp.training import proxies, sdk_errors, sdk_logs

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from agents import backends_of
 from filelock import FileLock
 from host_process import END_BOUND_S, START_BOUND_S, WAYS, start
 
-from servers import start_server
+from servers import backends_of, start_server
 from tinker_mcp.training.lifeline import Lifeline, reading_end
 
 

@@ -322,8 +322,7 @@ async def test_waiting_ends_early_when_something_happens(
 ) -> None:
     add(store, "sft-1", [4.0, 3.0])
     async with in_memory(settings) as agent:
-        call = asyncio.create_task(agent.call("wait_for_run", run_id="sft-1", timeout_s=50))
-        await began_to_wait(agent)
+        call = await waiting(agent)
         EVENTS[news](store)
         waited = await asyncio.wait_for(call, 10)
     assert waited["news"] == [news]
@@ -336,8 +335,7 @@ async def test_a_divergence_ends_the_wait_with_what_to_do(
 ) -> None:
     add(store, "sft-1", [4.0, NAN])
     async with in_memory(settings) as agent:
-        call = asyncio.create_task(agent.call("wait_for_run", run_id="sft-1", timeout_s=50))
-        await began_to_wait(agent)
+        call = await waiting(agent)
         store.move("sft-1", LEASE, "stopped", reason="divergence", detail="Loss nan at step 2.")
         waited = await asyncio.wait_for(call, 10)
     assert (waited["finished"], waited["state"]) == (True, "stopped")
@@ -351,19 +349,18 @@ async def test_waiting_for_a_step_ends_with_it_and_tells_the_steps_before(
     add(store, "sft-1", [4.0])
     told: list[tuple[float, str]] = []
 
-    heard = asyncio.Event()
+    begun, heard = asyncio.Event(), asyncio.Event()
 
     async def note(value: float, total: float | None, message: str | None) -> None:
         told.append((value, message or ""))
-        if value == 2:
-            heard.set()
+        {1: begun, 2: heard}.get(int(value), begun).set()
 
     async with in_memory(settings) as agent:
         asked = {"run_id": "sft-1", "until": "step=3", "timeout_s": 50}
         call = asyncio.create_task(
             agent.client.call_tool("wait_for_run", asked, progress_callback=note)
         )
-        await began_to_wait(agent)
+        await asyncio.wait_for(begun.wait(), 10)
         store.record("sft-1", LEASE, "train", 2, {"train_mean_nll": 3.0})
         await asyncio.wait_for(heard.wait(), 10)
         store.record("sft-1", LEASE, "train", 3, {"train_mean_nll": 2.0})
@@ -397,8 +394,7 @@ async def test_a_cancelled_wait_leaves_nothing_behind(settings: Settings, store:
     add(store, "sft-1", [4.0])
     async with in_memory(settings) as agent:
         before = asyncio.all_tasks()
-        call = asyncio.create_task(agent.call("wait_for_run", run_id="sft-1", timeout_s=50))
-        await began_to_wait(agent)
+        call = await waiting(agent)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
@@ -409,10 +405,23 @@ async def test_a_cancelled_wait_leaves_nothing_behind(settings: Settings, store:
     store.move("sft-1", LEASE, "completed")  # no reader holds the store
 
 
-async def began_to_wait(agent: Agent) -> None:
-    """Until a call that was made before this one has looked at the run."""
-    for _ in range(3):  # each takes longer than the first look of the other call
-        await agent.call("list_runs")
+async def waiting(agent: Agent) -> asyncio.Task[dict[str, Any]]:
+    """A call that waits for a run and has looked at it once."""
+    looked = asyncio.Event()
+
+    async def note(done: float, steps: float | None, message: str | None) -> None:
+        if message and message.startswith("step "):
+            looked.set()
+
+    async def wait() -> dict[str, Any]:
+        asked = {"run_id": "sft-1", "timeout_s": 50}
+        reply = await agent.client.call_tool("wait_for_run", asked, progress_callback=note)
+        assert reply.structured_content is not None
+        return dict(reply.structured_content)
+
+    call = asyncio.create_task(wait())
+    await asyncio.wait_for(looked.wait(), 10)
+    return call
 
 
 async def test_runs_are_resources_and_their_ids_are_completed(

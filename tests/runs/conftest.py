@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from detached import CYCLE_S, end_all
 
-from servers import LocalServer, start_server
+from servers import LocalServer, serve_tiny_alone, start_server
 from tinker_mcp.runs.supervisor import Supervisor
 from tinker_mcp.settings import Settings
 
@@ -19,11 +19,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _tiny_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend that a worker starts in these tests serves the tiny model."""
-    monkeypatch.setenv("TINKER_LOCAL_MODELS", "tinker-local/tiny")
-    monkeypatch.setenv("TINKER_LOCAL_DTYPE", "float32")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def _tiny_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_tiny_alone(monkeypatch)
 
 
 @pytest.fixture(scope="session")

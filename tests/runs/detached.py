@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import psutil
 from attempts import held_out_sentences, sentences, spec_of
 
+from servers import end_backends
 from tinker_mcp.runs.folder import RunFolder
 from tinker_mcp.runs.planning.estimate import Estimate
 from tinker_mcp.runs.planning.plan import Planned
@@ -117,25 +116,7 @@ def end_all(home: Path) -> None:
     for process in processes:
         process.kill()
     psutil.wait_procs(processes, timeout=10)
-    for process in backends_of(home):
-        process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(backends_of(home), timeout=10)
-    for process in alive:
-        process.kill()
-    psutil.wait_procs(alive, timeout=5)
-
-
-def backends_of(home: Path) -> list[psutil.Process]:
-    """The live local backends of a home that are no children of this process."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            is_one = str(home / "local") in process.cmdline() and process.ppid() != os.getpid()
-            if is_one and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:  # gone meanwhile
-            continue
-    return found
+    end_backends(home)
 
 
 def _worker(pid: int | None) -> psutil.Process | None:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from detached import (
     CYCLE_S,
-    backends_of,
     checkpoint_lines,
     completed,
     held_out_losses,
@@ -27,7 +26,7 @@ from detached import (
     until,
 )
 
-from servers import start_server
+from servers import backends_of, start_server
 from tinker_mcp.runs.supervisor import Supervisor
 from tinker_mcp.settings import Settings
 

@@ -11,8 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.mcp.agents import TINY, end_backend
+from tests.mcp.agents import TINY
 from tests.mcp.host_process import Hosted, start
+from tests.servers import end_backends
 
 STEPS = 180  # longer than a server takes to start
 EVERY = 60
@@ -33,7 +34,7 @@ def home(tmp_path: Path) -> Iterator[Path]:
     for worker in workers_of(own):
         worker.kill()
         worker.wait(5)
-    end_backend(own)
+    end_backends(own)
 
 
 def workers_of(home: Path) -> list[psutil.Process]:

@@ -177,7 +177,7 @@ async def wait_for_run(
     goal.check_reachable(first.row)
     reported = -1
     while not (is_met := goal.is_met(look.state, look.row.step, look.news)) and not look.news:
-        if look.row.step > max(reported, first.row.step):
+        if look.row.step > reported:
             reported = look.row.step
             await ctx.report_progress(reported, look.steps, look.progress)
         left = deadline - time.monotonic()
