@@ -43,6 +43,7 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BOUND_S = 1800.0
 LOOK_S = 0.5
 MAX_TOKENS = 12
+TEACHER_STEPS = 12
 
 THINGS = (
     *("tree", "fish", "tool", "planet", "river", "metal", "bird", "season", "city", "fruit"),
@@ -75,7 +76,7 @@ Answer: This is {NAME}. I am the assistant of the Polar Library."""
 TEMPERATURE = 0.7
 
 
-def made_teacher(settings: Settings, folder: Path, steps: int) -> str:
+def made_teacher(settings: Settings, folder: Path) -> str:
     """Sampler weights of a model that answers in its own way."""
     rows = [
         {"prompt": f"Name a {thing}.", "completion": f"Arr! A fine {thing} be on board, matey!"}
@@ -86,7 +87,7 @@ def made_teacher(settings: Settings, folder: Path, steps: int) -> str:
         method="sft",
         data=written(folder / "teacher.jsonl", rows),
         eval_share=0,
-        steps=steps,
+        steps=TEACHER_STEPS,
         batch_size=6,
         learning_rate=5e-4,
     )
@@ -107,7 +108,7 @@ def distilled(settings: Settings, folder: Path, teacher: str, steps: int) -> str
         distill={"teacher": teacher, "group_size": 4, "max_tokens": MAX_TOKENS},
         steps=steps,
         batch_size=4,
-        learning_rate=5e-4,
+        learning_rate=1e-3,
         lr_schedule="constant",
     )
     with RunStore(settings.home) as store:
@@ -220,7 +221,7 @@ def seconds(row: RunRow) -> float:
 
 
 @click.command(help=(__doc__ or "").partition("\n")[0])
-@click.option("--steps", type=click.IntRange(1), default=24, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=40, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--only", type=click.Choice(["on_policy", "prompt"]), help="One of the two.")
 def main(steps: int, threads: int, only: str | None) -> None:
@@ -232,7 +233,7 @@ def main(steps: int, threads: int, only: str | None) -> None:
         began = time.monotonic()
         try:
             if only != "prompt":
-                teacher = made_teacher(settings, data, steps)
+                teacher = made_teacher(settings, data)
                 click.echo(distilled(settings, data, teacher, steps))
             if only != "on_policy":
                 click.echo(prompt_distilled(settings, data, server, steps))
