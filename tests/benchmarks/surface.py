@@ -1,6 +1,6 @@
 """What the MCP server costs a host and an agent, beside a bare one-tool server and the SDK alone.
 
-    python -m tests.benchmarks.surface              all of it, a minute on 2 cores
+    python -m tests.benchmarks.surface              all of it, two minutes on 2 cores
     python -m tests.benchmarks.surface --quick      does it work at all?
 
 Starting: both servers are started as a host does it, over stdio, in turns; medians. A cold start
@@ -348,7 +348,7 @@ def main(only: str | None, quick: bool, json_file: Path | None) -> None:
     """Measure what the MCP server costs and print a table."""
     began = time.perf_counter()
     os.environ.update(TINKER_TELEMETRY="0", HF_HUB_OFFLINE="1")  # before the SDK is imported
-    starts, steps = (2, 3) if quick else (7, 40)
+    starts, steps = (2, 3) if quick else (7, 150)
     with tempfile.TemporaryDirectory(prefix="tinker-mcp-benchmark-") as room:
         home = Path(room)
         rows = [] if only == "step" else measure_starts(starts, home)
