@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -97,9 +98,9 @@ def test_rl_train_earns_more_with_each_step(
 
     assert [step["step"] for step in finished.steps] == [0, 1, 2, 3, 4]
     rewards = finished.series("env/all/reward/total")
-    assert (
-        rewards[-1] > rewards[0] + 0.02
-    )  # -0.1 for an answer that does not end, 0 for one that does
+    # -0.1 for an answer that does not end, 0 for one that does. Once all do, there is no gradient,
+    # but Adam's momentum goes on, and a single step may fall back.
+    assert fmean(rewards[-3:]) > rewards[0] + 0.02
     divergences = finished.series("optim/kl_sample_train_v2")
     assert len(divergences) == 5
     assert max(divergences) < 1e-6  # float32, and the sampler has the weights of this step
@@ -127,7 +128,7 @@ def test_rl_train_learns_from_answers_sampled_while_it_trained(
     assert divergences[0] < 1e-6
     assert max(divergences) > 1e-3  # the weights moved on meanwhile, and the logprobs tell
     rewards = finished.series("env/all/reward/total")
-    assert rewards[-1] > rewards[0] + 0.02
+    assert fmean(rewards[-3:]) > rewards[0] + 0.02
     _assert_checkpoints_listed(rest_client, finished)
 
 
