@@ -85,6 +85,34 @@ async def test_a_reasoning_gym_task_runs_two_steps(backend: Backend, tmp_path: P
     assert run.series("eval", "test/env/all/total_episodes") == {0: 2, 2: 2}
 
 
+VERIFIERS_ENVIRONMENT = """
+import verifiers
+from datasets import Dataset
+
+
+def load_environment():
+    rows = [{"question": f"{n} + {n} =", "answer": str(2 * n)} for n in range(8)]
+
+    def digits(completion, answer, **_):
+        return sum(c.isdigit() for c in completion[-1]["content"]) / 10
+
+    rubric = verifiers.Rubric(funcs=[digits])
+    return verifiers.SingleTurnEnv(dataset=Dataset.from_list(rows), rubric=rubric)
+"""
+
+
+async def test_a_verifiers_environment_runs_two_steps(
+    backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("verifiers")
+    (tmp_path / "doubled_sums.py").write_text(VERIFIERS_ENVIRONMENT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = an_rl_run(tmp_path, steps=2, environment=an_environment("verifiers:doubled-sums"))
+    outcome = await run.attempt(backend)
+    assert outcome.state == "completed"
+    assert run.series("train", "env/all/total_episodes") == {1: 8, 2: 8}
+
+
 def test_an_unknown_reasoning_gym_task_names_those_that_sound_like_it() -> None:
     pytest.importorskip("reasoning_gym")
     with pytest.raises(InvalidInputError, match="basic_arithmetic"):
