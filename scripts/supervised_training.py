@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         train=len(train),
         held_out=len(held_out),
         steps=args.steps,
+        epochs=round(args.steps * args.batch_size / len(train), 1),
         learning_rate=rate,
         tokens_max=trained + prefill + sampled,
         usd_max=opened.usd(trained, prefill, sampled),
@@ -98,7 +99,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     asked_after = [tuned.sample(prompt, 1, params) for prompt in prompts]
     answers = []
     for messages, *asked in zip(kept[1], asked_before, asked_after, strict=False):
-        first, then = (model.answer(a.result().sequences[0].tokens)[0] for a in asked)
+        found = (model.answer(request.result().sequences[0].tokens) for request in asked)
+        first, then = (text if is_whole else f"{text} [cut]" for text, is_whole in found)
         question = messages[-2]["content"] if len(messages) > 1 else ""
         answers.append({"prompt": question, "before": first, "after": then})
         tell(answers[-1])
