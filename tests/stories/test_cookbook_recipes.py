@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pytest
@@ -92,17 +91,18 @@ def test_rl_train_earns_more_with_each_step(
 ) -> None:
     finished = _run(
         *(tiny_server, tmp_path, "rl"),
-        **{"steps": 5, "batch_size": 4, "group_size": 16, "max_tokens": 4},
+        # No more: once all answers end there is no gradient, but Adam's momentum goes on and the
+        # policy may fall back.
+        **{"steps": 4, "batch_size": 4, "group_size": 16, "max_tokens": 4},
         start=sometimes_stops,
     )
 
-    assert [step["step"] for step in finished.steps] == [0, 1, 2, 3, 4]
+    assert [step["step"] for step in finished.steps] == [0, 1, 2, 3]
     rewards = finished.series("env/all/reward/total")
-    # -0.1 for an answer that does not end, 0 for one that does. Once all do, there is no gradient,
-    # but Adam's momentum goes on, and a single step may fall back.
-    assert fmean(rewards[-3:]) > rewards[0] + 0.02
+    # -0.1 for an answer that does not end, 0 for one that does
+    assert rewards[-1] > rewards[0] + 0.02
     divergences = finished.series("optim/kl_sample_train_v2")
-    assert len(divergences) == 5
+    assert len(divergences) == 4
     assert max(divergences) < 1e-6  # float32, and the sampler has the weights of this step
     _assert_checkpoints_listed(rest_client, finished)
 
@@ -128,7 +128,7 @@ def test_rl_train_learns_from_answers_sampled_while_it_trained(
     assert divergences[0] < 1e-6
     assert max(divergences) > 1e-3  # the weights moved on meanwhile, and the logprobs tell
     rewards = finished.series("env/all/reward/total")
-    assert fmean(rewards[-3:]) > rewards[0] + 0.02
+    assert rewards[-1] > rewards[0] + 0.02
     _assert_checkpoints_listed(rest_client, finished)
 
 

@@ -15,7 +15,7 @@ from tests.validators import node
 from tests.validators.conformance import EXTENSIONS, SKILLS
 from tests.validators.inspector import CHECKS
 
-BOUND_S = 300  # a minute on two cores, once the packages are there
+BOUND_S = 240  # two minutes on two busy cores, once the packages are there
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,10 @@ class VisionSampler:
         """
         with self._model.adapted(self._adapter):
             for request in self._fitting():
-                self._advance(request) if request.cache else self._begin(request)
+                if request.cache is None:
+                    self._begin(request)
+                else:
+                    self._advance(request, request.cache)
         done = {t: r for t, r in self._requests.items() if len(r.done) == r.op.num_samples}
         for ticket in done:
             del self._requests[ticket]
@@ -98,14 +101,12 @@ class VisionSampler:
         logits = self._model.logits(read.hidden[-1:])  # (1, vocabulary)
         self._extend(request, cache, logits.repeat(op.num_samples, 1))
 
-    def _advance(self, request: _Request) -> None:
+    def _advance(self, request: _Request, cache: DynamicCache) -> None:
         """Draw the next token of each sequence."""
-        if request.cache is None:
-            raise RuntimeError("The request has not begun.")
         last = [row.tokens[-1] for row in request.rows]
-        hidden = self._model.read_next(last, request.position, request.cache)
+        hidden = self._model.read_next(last, request.position, cache)
         request.position += 1
-        self._extend(request, request.cache, self._model.logits(hidden))
+        self._extend(request, cache, self._model.logits(hidden))
 
     def _extend(self, request: _Request, cache: DynamicCache, logits: torch.Tensor) -> None:
         """Add a token to each row, from logits (R, vocabulary)."""

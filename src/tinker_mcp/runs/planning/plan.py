@@ -15,7 +15,7 @@ from typing import Any
 
 import anyio.to_thread
 
-from tinker_mcp.errors import TinkerMcpError
+from tinker_mcp.errors import InvalidInputError, TinkerMcpError
 from tinker_mcp.runs.planning import checks, distill_checks, distill_plan, rl_plan, sets, sources
 from tinker_mcp.runs.planning.arguments import RunArguments
 from tinker_mcp.runs.planning.checks import Base
@@ -125,8 +125,7 @@ async def _settled(workspace: Workspace, arguments: RunArguments, findings: Find
     both = await anyio.to_thread.run_sync(sets.build, workspace, arguments, backend, base, findings)
     price = checks.price(backend, base.model_name, workspace.connector.settings, findings)
     if both is None:
-        await anyio.to_thread.run_sync(checks.learning_rate, arguments, base.model_name, findings)
-        raise findings.error()
+        raise await _refusal(arguments, base, findings)
     material = await anyio.to_thread.run_sync(_of_sets, both)
     spec = await anyio.to_thread.run_sync(
         _spec, arguments, backend, base, material, price, findings
@@ -146,6 +145,12 @@ async def _settled(workspace: Workspace, arguments: RunArguments, findings: Find
     return _Settled(planned, backend, price)
 
 
+async def _refusal(arguments: RunArguments, base: Base, findings: Findings) -> InvalidInputError:
+    """The error of data that cannot be used, with what is wrong of the rate as well."""
+    await anyio.to_thread.run_sync(checks.learning_rate, arguments, base.model_name, findings)
+    return findings.error()
+
+
 async def _settled_rl(
     workspace: Workspace,
     arguments: RunArguments,
@@ -158,8 +163,7 @@ async def _settled_rl(
     price = checks.price(backend, base.model_name, settings, findings)
     found = await rl_plan.material(settings, arguments, backend, base, price, findings)
     if found is None:
-        await anyio.to_thread.run_sync(checks.learning_rate, arguments, base.model_name, findings)
-        raise findings.error()
+        raise await _refusal(arguments, base, findings)
     spec = await anyio.to_thread.run_sync(
         _spec, arguments, backend, base, found.material, price, findings
     )
@@ -182,8 +186,7 @@ async def _settled_distill(
     price = checks.price(backend, base.model_name, settings, findings)
     found = await distill_plan.material(workspace, arguments, backend, base, findings)
     if found is None:
-        await anyio.to_thread.run_sync(checks.learning_rate, arguments, base.model_name, findings)
-        raise findings.error()
+        raise await _refusal(arguments, base, findings)
     spec = await anyio.to_thread.run_sync(
         _spec, arguments, backend, base, found.material, price, findings
     )
