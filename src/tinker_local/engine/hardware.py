@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 import sys
 from pathlib import Path
@@ -48,6 +49,16 @@ def keep_freed_memory() -> None:
     libc.mallopt(_M_MMAP_MAX, 0)
     libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
     libc.mallopt(_M_TOP_PAD, 256 * 2**20)
+
+
+def spare_garbage_collector() -> None:
+    """Have Python's collector look only at what is made from now on.
+
+    torch and transformers leave a million objects that stay to the end. Looking through them again
+    and again takes 5 % of the time in which one sequence is drawn.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -51,7 +51,6 @@ class NextTokens:
         self._positions = before
         self._most_shared = max((prompt.tokens for prompt in shared), default=0)
         self._bias: torch.Tensor | None = None
-        self._scores: torch.Tensor | None = None
 
     @property
     def positions(self) -> torch.Tensor:
@@ -84,8 +83,9 @@ class NextTokens:
         # The query heads that share a key-value head stand where other tokens' queries would.
         grouped = (len(heads), key_heads, -1, heads.shape[2])
         if heads.device.type == "cpu":
-            q = queries.to(own.dtype).reshape(grouped)
-            return self._on_cpu(layer, q, own, scale).view(queries.shape).to(heads.dtype)
+            scaled = queries * torch.tensor([scale], dtype=own.dtype)  # one call for both changes
+            output = self._on_cpu(layer, scaled.reshape(grouped), own)
+            return output.view(queries.shape).to(heads.dtype)
         output = functional.scaled_dot_product_attention(
             queries.reshape(grouped), own[0], own[1], attn_mask=self._mask(own), scale=scale
         )
@@ -111,16 +111,16 @@ class NextTokens:
             self._bias = bias.masked_fill_(later, -torch.inf)
         return self._bias
 
-    def _on_cpu(self, layer: int, q: torch.Tensor, own: torch.Tensor, scale: float) -> torch.Tensor:
-        """Attention of queries (R, K, G, D) to own keys and values, and to the shared ones."""
+    def _on_cpu(self, layer: int, q: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Attention of scaled queries (R, K, G, D) to own keys and values, and to the shared."""
         count, key_heads, groups, width = q.shape
-        rows = (count * key_heads, groups, width)
-        keys, values = own[0].flatten(0, 1), own[1].flatten(0, 1)  # (R * K, T, D)
-        mask = self._mask(own).expand(-1, key_heads, -1, -1).reshape(rows[0], 1, self._seen)
-        scores = torch.baddbmm(mask, q.reshape(rows), keys.transpose(1, 2), alpha=scale)
-        scores = scores.view(count, key_heads, groups, self._seen)
-        if self._most_shared:
-            scores = self._with_shared(layer, q, scores, scale)
+        keys, values = own.flatten(1, 2)  # (R * K, T, D) each
+        scores = torch.bmm(q.reshape(-1, groups, width), keys.transpose(1, 2))
+        scores = scores.view(count, key_heads, groups, -1)
+        if self._same is None:
+            scores += self._mask(own)
+        if self._shared:
+            scores = torch.cat([self._shared_scores(layer, q), scores], dim=-1)
         p = scores.softmax(-1)  # (R, K, G, P + T)
         p_own = p[..., self._most_shared :].flatten(0, 1)  # (R * K, G, T)
         output = torch.bmm(p_own, values).view(q.shape)
@@ -130,19 +130,17 @@ class NextTokens:
             output[prompt.rows] += seen.view(key_heads, -1, groups, width).transpose(0, 1)
         return output
 
-    def _with_shared(
-        self, layer: int, q: torch.Tensor, own_scores: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Scores (R, K, G, P + T), minus infinity beyond a row's shared prompt."""
+    def _shared_scores(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        """Scores (R, K, G, P) of the shared prompts, minus infinity beyond a row's own."""
         count, key_heads, groups, width = q.shape
-        if self._scores is None:
-            shape = (count, key_heads, groups, self._most_shared + self._seen)
-            self._scores = q.new_full(shape, -torch.inf)
+        scores = q.new_empty(0)
         for prompt in self._shared:
             some = q[prompt.rows].transpose(0, 1).reshape(key_heads, -1, width)
-            keys = prompt.layers[layer][0].transpose(1, 2)
-            found = torch.bmm(some, keys).view(key_heads, -1, groups, prompt.tokens)
-            scores = self._scores[prompt.rows, ..., : prompt.tokens]
-            torch.mul(found.transpose(0, 1), scale, out=scores)
-        self._scores[..., self._most_shared :] = own_scores
-        return self._scores
+            found = torch.bmm(some, prompt.layers[layer][0].transpose(1, 2))
+            found = found.view(key_heads, -1, groups, prompt.tokens).transpose(0, 1)
+            if len(found) == count:
+                return found
+            if not scores.numel():
+                scores = q.new_full((count, key_heads, groups, self._most_shared), -torch.inf)
+            scores[prompt.rows, ..., : prompt.tokens] = found
+        return scores

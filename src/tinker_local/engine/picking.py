@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ import torch
 from tinker_local.errors import UserInputError
 
 _BELOW_ONE = 1 - 2**-22  # nearer to 1, its product with a float32 sum could be the sum itself
+
+_BLOCK = 256  # tokens
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,22 @@ class Choice:
 
 @dataclass(frozen=True)
 class Picked:
-    """What `pick` found: tokens (R,), their logprobs (R,), and all of them, (R, vocabulary)."""
+    """What `pick` found.
+
+    Attributes:
+        tokens: One a row.
+        logprobs: Theirs.
+        logits: What they were picked from, divided by the temperature, (R, vocabulary).
+    """
 
     tokens: list[int]
     logprobs: list[float]
-    all_logprobs: torch.Tensor
+    logits: torch.Tensor
+
+    @property
+    def all_logprobs(self) -> torch.Tensor:
+        """Those of every token, (R, vocabulary)."""
+        return self.logits.log_softmax(-1)
 
 
 def pick(logits: torch.Tensor, choices: Sequence[Choice]) -> Picked:
@@ -55,19 +69,13 @@ def pick(logits: torch.Tensor, choices: Sequence[Choice]) -> Picked:
     if any(choice.temperature not in (0.0, 1.0) for choice in choices):
         scales = torch.tensor([choice.temperature or 1.0 for choice in choices], device=device)
         logits /= scales.unsqueeze(1)
-    total = logits.logsumexp(-1, keepdim=True)
-    if not torch.isfinite(total).all():
-        raise UserInputError(
-            "The logits are not finite: these weights have diverged.",
-            "Sample an earlier checkpoint, or train on from one with a lower learning rate.",
-        )
-    logits -= total
-    tokens = _drawn(logits, choices)
+    probabilities = logits.softmax(-1)
+    tokens = _drawn(probabilities, choices)
     if any(choice.temperature == 0 for choice in choices):
         is_greedy = torch.tensor([choice.temperature == 0 for choice in choices], device=device)
         tokens = torch.where(is_greedy, logits.argmax(-1), tokens)
-    logprobs = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    return Picked(tokens.tolist(), logprobs.tolist(), logits)
+    chosen = probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return Picked(tokens.tolist(), chosen.log().tolist(), logits)
 
 
 def draw(logprobs: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -75,16 +83,38 @@ def draw(logprobs: torch.Tensor, count: int, generator: torch.Generator) -> torc
     return torch.multinomial(logprobs.exp(), count, replacement=True, generator=generator)
 
 
-def _drawn(logprobs: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
+def _drawn(probabilities: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
     """The token at which the cumulated probability passes each row's number, (R,)."""
-    probabilities = logprobs.exp()
-    for row, choice in enumerate(choices):
-        if choice.is_cut:
-            probabilities[row] = _truncated(probabilities[row], choice.top_k, choice.top_p)
-    cumulated = probabilities.cumsum_(-1)
-    numbers = [[min(choice.number, _BELOW_ONE)] for choice in choices]
-    wanted = torch.tensor(numbers, device=logprobs.device) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, wanted, right=True).squeeze(1)
+    kept = probabilities
+    if any(choice.is_cut for choice in choices):
+        kept = probabilities.clone()
+        for row, choice in enumerate(choices):
+            if choice.is_cut:
+                kept[row] = _truncated(kept[row], choice.top_k, choice.top_p)
+    # Sums of blocks first, then within one: vectorised, a tenth of the time of one long cumsum.
+    blocks = kept.view(len(kept), -1, math.gcd(kept.shape[1], _BLOCK))  # (R, blocks, tokens)
+    cumulated = blocks.sum(-1).cumsum(-1)
+    total = cumulated[:, -1:]
+    if not torch.isfinite(total).all():
+        raise UserInputError(
+            "The logits are not finite: these weights have diverged.",
+            "Sample an earlier checkpoint, or train on from one with a lower learning rate.",
+        )
+    numbers = torch.tensor([[choice.number] for choice in choices], device=kept.device)
+    block, beyond = _passed(cumulated, numbers * total)
+    rows = torch.arange(len(kept), device=kept.device)
+    token, _ = _passed(blocks[rows, block].cumsum(-1), beyond)
+    return block * blocks.shape[2] + token
+
+
+def _passed(cumulated: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The place in each row of sums (R, M) that passes `wanted` (R, 1), (R,), and by how much
+    `wanted` is beyond the place before, (R, 1). A place that adds nothing is never it.
+    """
+    wanted = torch.minimum(wanted, cumulated[:, -1:] * _BELOW_ONE)
+    places = torch.searchsorted(cumulated, wanted, right=True)  # (R, 1)
+    before = cumulated.gather(1, (places - 1).clamp(min=0)).masked_fill(places == 0, 0.0)
+    return places.squeeze(1), wanted - before
 
 
 def _truncated(probabilities: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:

@@ -10,7 +10,13 @@ from typing import TypeAlias
 
 from tinker_local.engine import checkpoints, gradients, lora, sample_checks
 from tinker_local.engine.base_model import BaseModel, context_length
-from tinker_local.engine.hardware import DtypeName, keep_freed_memory, pick_device, pick_dtype
+from tinker_local.engine.hardware import (
+    DtypeName,
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+    spare_garbage_collector,
+)
 from tinker_local.engine.optimizer import AdamW
 from tinker_local.engine.sampler import Sampler
 from tinker_local.engine.vision import AnyModel, VisionModel, is_vision_model
@@ -143,6 +149,7 @@ class TorchEngine:
         if folder not in self._bases:
             kind = VisionModel if is_vision_model(folder) else BaseModel
             self._bases[folder] = kind(self._infos[name], self.dtype, self.device)
+            spare_garbage_collector()
         return self._bases[folder]
 
     def _trained_model(self, model_id: str) -> _Trained:
