@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import threading
@@ -26,8 +27,15 @@ from tinker_mcp.training.exports import Exported, ExportFormat, ExportJob
 if TYPE_CHECKING:
     import torch
 
-TOLERANCE = 0.25  # nats; bfloat16 weights merged by another rule of rounding stay below it
-_TEXT = "The quick brown fox jumps over the lazy dog, and 12 * 7 = 84."
+TOLERANCE = 0.15
+"""Nats a token, in the mean. A checkpoint is scored by its backend, in bfloat16 as a rule, and its
+export in float32: for SmolLM2-135M that is 0.05 apart, and 0.6 at a single unlikely token."""
+
+_TEXT = (
+    "The quick brown fox jumps over the lazy dog, and 12 * 7 = 84. What is the capital of France? "
+    "The capital of France is Paris. def add(a, b):\n    return a + b\n\n"
+    "Thank you for your letter of 3 May; we are sorry that the parcel came late."
+)
 _END_S = 3.0
 _HEADS = ("lm_head", "unembed_tokens")  # what PEFT and Tinker call the unembedding
 
@@ -67,17 +75,18 @@ def run(job: ExportJob) -> Exported:
     with _workshop(output) as workshop:
         base, base_model, expected = _reference(job)
         built, remark = _built(job, base, workshop)
-        difference = _difference(_loaded(job.format, base, built), base, expected)
-        if not difference <= TOLERANCE:
+        differences = _differences(_loaded(job.format, base, built), base, expected)
+        mean = statistics.fmean(differences)
+        if not mean <= TOLERANCE:
             raise ExportError(
-                f"The export was built, but its logprobs differ from the checkpoint's by up to "
-                f"{difference:.3g} nats, so it is not the same model. Nothing was written.",
+                f"The export was built, but its logprobs differ from the checkpoint's by "
+                f"{mean:.3g} nats in the mean, so it is not the same model. Nothing was written.",
                 "Try the other format.",
             )
         files = sorted(file.name for file in built.iterdir())
         size_bytes = sum(file.stat().st_size for file in built.iterdir())
         _put(built, output)
-    return Exported(str(output), files, size_bytes, base_model, difference, remark)
+    return Exported(str(output), files, size_bytes, base_model, max(differences), remark)
 
 
 def _reference(job: ExportJob) -> tuple[str, str, list[float]]:
@@ -178,15 +187,16 @@ def _loaded(export_format: ExportFormat, base: str, built: Path) -> torch.nn.Mod
     return PeftModel.from_pretrained(model, str(built))
 
 
-def _difference(model: torch.nn.Module, base: str, expected: list[float]) -> float:
-    """The largest difference of a token's logprob, in nats; NaN where one is not finite."""
+def _differences(model: torch.nn.Module, base: str, expected: list[float]) -> list[float]:
+    """How far each token's logprob is from what is expected, in nats; NaN where not finite."""
     import torch
 
     tokens = torch.tensor([_tokens(base)])  # (1, T)
     with torch.no_grad():
         logprobs = model(tokens).logits.float().log_softmax(-1)  # (1, T, V)
     found = logprobs[0, :-1].gather(-1, tokens[0, 1:, None])[:, 0]  # (T-1,)
-    return float((found - torch.tensor(expected)).abs().max())
+    differences: list[float] = (found - torch.tensor(expected)).abs().tolist()
+    return differences
 
 
 def _tokens(base: str) -> list[int]:

@@ -77,7 +77,7 @@ class ExportedWeights(BaseModel):
     size_bytes: int | None
     base_model: str | None
     max_difference: float | None = Field(
-        description="Nats: the loaded export's logprobs against the checkpoint's."
+        description="Nats, at the worst token, from the checkpoint's; bfloat16 makes up to 1."
     )
     backend: str | None
     next_step: str
