@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -17,6 +18,7 @@ from tinker_mcp.server import create_server
 from tinker_mcp.settings import Settings
 
 TINY = "tinker-local/tiny"
+_BOUND_S = 120
 CONVERSATIONS = [
     {
         "messages": [
@@ -48,6 +50,21 @@ class Agent:
         reply = await self.client.call_tool(tool, arguments)
         self.texts.append(getattr(reply.content[0], "text", ""))
         assert reply.is_error, self.texts[-1]
+        return self.texts[-1]
+
+    async def start_run(self, **arguments: Any) -> dict[str, Any]:
+        """A run that is started, by as many calls as that takes."""
+        async with asyncio.timeout(_BOUND_S):
+            while not (started := await self.call("start_run", **arguments))["finished"]:
+                pass
+        return started
+
+    async def refused_run(self, **arguments: Any) -> str:
+        """What stands in the way of a run, by as many calls as it takes to be found."""
+        async with asyncio.timeout(_BOUND_S):
+            while not (reply := await self.client.call_tool("start_run", arguments)).is_error:
+                assert (reply.structured_content or {})["finished"] is False
+        self.texts.append(getattr(reply.content[0], "text", ""))
         return self.texts[-1]
 
     async def new_client(self, **arguments: Any) -> str:

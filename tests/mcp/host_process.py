@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,17 @@ class Hosted:
         self.ask(tool, **arguments)
         result: dict[str, Any] = _answer(self.parent, self._numbers)["result"]
         return result
+
+    def start_run(self, **arguments: Any) -> list[dict[str, Any]]:
+        """Call start_run until it has finished; all of its replies, none of them an error."""
+        replies: list[dict[str, Any]] = []
+        deadline = time.monotonic() + START_BOUND_S
+        while not (replies and replies[-1]["finished"]):
+            assert time.monotonic() < deadline, replies[-1]
+            result = self.call("start_run", **arguments)
+            assert not result.get("isError"), result
+            replies.append(result["structuredContent"])
+        return replies
 
     def end(self, way: str) -> None:
         """End it in one of the WAYS; returns at once."""

@@ -17,8 +17,7 @@ async def test_an_agent_starts_an_rl_run_and_reads_what_was_sampled(
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(8)))
     async with in_memory(settings) as agent:
-        began = await agent.call(
-            "start_run",
+        began = await agent.start_run(
             method="rl",
             base_model=TINY,
             data=str(data),

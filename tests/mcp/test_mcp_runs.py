@@ -71,17 +71,13 @@ async def test_a_run_from_its_price_to_its_samples(settings: Settings, data: str
     async with in_memory(settings) as agent:
         spec = {**SFT, "data": data, "steps": 20, "name": "words"}
         told = await agent.call("estimate_cost", spec=spec)
-        began = time.monotonic()
-        started = await agent.call("start_run", **spec)
-        took_s = time.monotonic() - began
+        started = await agent.start_run(**spec)
         run_id = started["run_id"]
         waited = await ended(agent, run_id)
         run = await agent.call("get_run", run_id=run_id, points=200, log_lines=5)
         again = await agent.error("resume_run", run_id=run_id)
         listed = await agent.call("list_runs", state="completed")
         sampled = await agent.call("sample", run_id=run_id, prompt="Say reda.", max_tokens=4)
-    print(f"start_run: {took_s:.2f} s")  # noqa: T201 (the measurement, with pytest -rP)
-    assert took_s < 2
     assert (told["usd_high"], told["steps"], told["backend"]) == (0.0, 20, "local")
     assert told["seconds"] > 0
     assert (started["steps"], started["datums"], started["held_out_datums"]) == (20, 24, 8)
@@ -107,11 +103,11 @@ async def test_a_key_starts_one_run_however_often_it_is_given(
     async with in_memory(settings) as agent:
         high = {"learning_rate": 0.5, "accept": ["learning_rate"]}
         spec = {**SFT, **high, "data": data, "steps": 1, "idempotency_key": "words of today"}
-        first = await agent.call("start_run", **spec)
-        second = await agent.call("start_run", **spec)
+        first = await agent.start_run(**spec)
+        second = await agent.start_run(**spec)
         await ended(agent, first["run_id"])
-        third = await agent.call("start_run", **spec)
-        other = await agent.error("start_run", **{**spec, "steps": 2, "rank": 8})
+        third = await agent.start_run(**spec)
+        other = await agent.refused_run(**{**spec, "steps": 2, "rank": 8})
         told = await agent.call("get_run", run_id=first["run_id"])
     assert {run["run_id"] for run in (second, third)} == {first["run_id"]}
     assert [run["is_new"] for run in (first, second, third)] == [True, False, False]
@@ -127,7 +123,7 @@ async def test_a_key_starts_one_run_however_often_it_is_given(
 async def test_a_run_that_is_stopped_goes_on_where_it_saved(settings: Settings, data: str) -> None:
     async with in_memory(settings) as agent:
         spec = {**SFT, "data": data, "steps": 200, "eval_every": 0, "save_every": 0}
-        run_id = (await agent.call("start_run", **spec))["run_id"]
+        run_id = (await agent.start_run(**spec))["run_id"]
         stopped = await stop_at(agent, run_id, 3)
         during = await agent.call("sample", run_id=run_id, prompt="Say", max_tokens=2)
         await agent.call("resume_run", run_id=run_id, steps=stopped["step"] + 10)
@@ -155,7 +151,7 @@ async def test_a_killed_worker_is_told_within_15_s_and_the_run_can_go_on(
 ) -> None:
     async with in_memory(settings) as agent:
         spec = {**SFT, "data": data, "steps": 40}
-        run_id = (await agent.call("start_run", **spec))["run_id"]
+        run_id = (await agent.start_run(**spec))["run_id"]
         while not (await agent.call("get_run", run_id=run_id, points=0))["checkpoints"]:
             await agent.call("wait_for_run", run_id=run_id, timeout_s=10)
         kill_worker(settings, run_id)
@@ -217,7 +213,7 @@ async def test_what_stands_in_the_way_is_told_before_anything_is_started(
 ) -> None:
     async with in_memory(settings) as agent:
         before = (await agent.call("list_runs"))["total"]
-        said = await agent.error("start_run", method="sft", base_model="no/model", data=data)
+        said = await agent.refused_run(method="sft", base_model="no/model", data=data)
         assert (await agent.call("list_runs"))["total"] == before
     assert said.startswith("invalid_input: ")
     assert "no/model" in said

@@ -10,7 +10,7 @@ import pytest
 from servers import LocalServer
 from tinker_mcp.errors import BackendGoneError
 from tinker_mcp.training.backend import Backend
-from tinker_mcp.training.waiting import Turns, Unfinished, wait
+from tinker_mcp.training.waiting import Shared, Turns, Unfinished, wait
 
 
 async def value(event: asyncio.Event, result: str = "done") -> str:
@@ -123,6 +123,50 @@ async def test_a_slow_healthy_backend_is_waited_for(backend: Backend) -> None:
     looks = 2.5  # longer than the first look at the backend's health, after 2 s
     asyncio.get_running_loop().call_later(looks, event.set)
     assert await wait({task}, backend, time.monotonic() + 10)
+
+
+async def test_shared_work_is_done_once_for_those_who_wait_and_those_who_come_again() -> None:
+    event, unfinished, starts = asyncio.Event(), Unfinished(), 0
+
+    async def start(_: Shared) -> str:
+        nonlocal starts
+        starts += 1
+        return await value(event)
+
+    async def call(limit_s: float) -> str | None:
+        return await unfinished.share("k", start, time.monotonic() + limit_s)
+
+    patient = asyncio.create_task(call(30))
+    assert await call(0.01) is None
+    event.set()
+    assert await patient == "done"
+    assert (await call(30), starts) == ("done", 1)
+    assert (await call(30), starts) == ("done", 2)
+
+
+async def test_shared_work_commits_only_while_a_call_waits_for_it() -> None:
+    begun, go, ready = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    unfinished = Unfinished()
+
+    async def start(shared: Shared) -> str:
+        begun.set()
+        await go.wait()
+        ready.set()
+        await shared.commit()
+        return "started"
+
+    call = asyncio.create_task(unfinished.share("k", start, time.monotonic() + 30))
+    await begun.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    go.set()
+    await ready.wait()
+    left = unfinished.shared("k")
+    assert left is not None
+    assert not left.is_committed
+    assert await unfinished.share("k", start, time.monotonic() + 30) == "started"
+    assert unfinished.shared("k") is None
 
 
 async def never() -> str:

@@ -79,8 +79,8 @@ def until(done: Callable[[], bool]) -> None:
 
 def started(server: Hosted, **arguments: Any) -> str:
     spec = {"base_model": TINY, "eval_share": 0.25, "rank": 4, "batch_size": 4, "steps": STEPS}
-    run = reply(server, "start_run", **spec, **arguments, save_every=EVERY, eval_every=EVERY)
-    return str(run["run_id"])
+    asked = {**spec, **arguments, "save_every": EVERY, "eval_every": EVERY}
+    return str(server.start_run(**asked)[-1]["run_id"])
 
 
 @pytest.mark.timeout(400)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tinker_mcp.errors import InvalidInputError
+from tinker_mcp.training import libraries
 from tinker_mcp.training.checks import datum_problem
 from tinker_mcp.training.formats import Conversation, Example, Pair, Text
 from tinker_mcp.training.problems import Problem
@@ -166,7 +167,7 @@ def render(
     truncated = lost_tokens = split_texts = 0
     problems: list[Problem] = []
     vocabulary = renderer.vocabulary_size
-    with _without_collections():
+    with without_collections():
         for example in examples:
             try:
                 made, cut = _datums_of(example, renderer, train_on_what, max_length, reduction)
@@ -185,7 +186,7 @@ def render(
 
 
 @contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
+def without_collections() -> Iterator[None]:
     """Let Python not look for cycles among all the new objects: that takes a third of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -215,8 +216,9 @@ def _datum(
     model_input: tinker.ModelInput, weights: list[float], max_length: int, reduction: Reduction
 ) -> tinker.Datum:
     """The cookbook's shift, cut and reduction."""
-    import torch
-    from tinker_cookbook.supervised.common import datum_from_model_input_weights
+    with libraries.one_at_a_time:
+        import torch
+        from tinker_cookbook.supervised.common import datum_from_model_input_weights
 
     if not any(weights):
         raise _refused("no token of it is to be trained (train_on_what, and weight 0 of messages)")

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tinker_mcp.training import libraries
+
 if TYPE_CHECKING:
     from tinker_cookbook.renderers import Message
 
@@ -71,7 +73,8 @@ class Advice:
 
 def learning_rate(model_name: str) -> Advice:
     """A LoRA learning rate to start from: the cookbook's formula, else its sweep's favourite."""
-    from tinker_cookbook.hyperparam_utils import get_lr
+    with libraries.one_at_a_time:
+        from tinker_cookbook.hyperparam_utils import get_lr
 
     if _is_in_cookbook(model_name):
         try:
@@ -151,8 +154,9 @@ def renderer(model_name: str, load_tokenizer: Callable[[], Any]) -> Advice:
 
 def _is_in_cookbook(model_name: str) -> bool:
     """Whether the cookbook has facts on the model; asking it for others looks on the network."""
-    from tinker_cookbook.exceptions import ConfigurationError
-    from tinker_cookbook.model_info import get_model_attributes
+    with libraries.one_at_a_time:
+        from tinker_cookbook.exceptions import ConfigurationError
+        from tinker_cookbook.model_info import get_model_attributes
 
     try:
         get_model_attributes(model_name)

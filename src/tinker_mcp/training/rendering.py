@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.training import images, models
+from tinker_mcp.training import images, libraries, models
 from tinker_mcp.training.backend import Backend
 
 if TYPE_CHECKING:
@@ -161,7 +161,8 @@ def load(backend: Backend, model_name: str, renderer_name: str | None) -> ModelR
         InvalidInputError: The tokenizer cannot be found, or the renderer is unknown or does not
             fit the tokenizer.
     """
-    from tinker_cookbook.renderers import get_renderer
+    with libraries.one_at_a_time:
+        from tinker_cookbook.renderers import get_renderer
 
     tokenizer = _tokenizer(model_name, backend.hub_cache)
     name = renderer_name or str(models.renderer(model_name, lambda: tokenizer).value)
@@ -217,7 +218,8 @@ def _quickened(tokenizer: Any) -> Any:
 def _loaded_tokenizer(model_name: str, hub_cache: Path | None) -> Any:
     if hub_cache is None:
         return _remote_tokenizer(model_name)
-    from transformers import AutoTokenizer
+    with libraries.one_at_a_time:
+        from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(
@@ -231,7 +233,8 @@ def _loaded_tokenizer(model_name: str, hub_cache: Path | None) -> Any:
 
 
 def _remote_tokenizer(model_name: str) -> Any:
-    from tinker_cookbook.tokenizer_utils import get_tokenizer
+    with libraries.one_at_a_time:
+        from tinker_cookbook.tokenizer_utils import get_tokenizer
 
     try:
         return get_tokenizer(model_name)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio.to_thread
 
-from tinker_mcp.training import sdk_errors
+from tinker_mcp.training import libraries, sdk_errors
 from tinker_mcp.training.backend import Backend
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def let_go(service: tinker.ServiceClient) -> None:
 
 def open_service(backend: Backend, run_id: str | None = None) -> tinker.ServiceClient:
     """A ServiceClient, in a thread: importing the SDK takes seconds."""
-    import tinker
+    with libraries.one_at_a_time:
+        import tinker
 
     tags = {"client": "tinker-mcp"}
     if run_id is not None:
@@ -115,7 +116,8 @@ def open_service(backend: Backend, run_id: str | None = None) -> tinker.ServiceC
 
 def rest_client(backend: Backend) -> tinker.RestClient:
     """A RestClient, in a thread: the first one on a backend asks for its configuration."""
-    import tinker
+    with libraries.one_at_a_time:
+        import tinker
 
     return tinker.RestClient(base_url=backend.base_url, api_key=backend.api_key)
 

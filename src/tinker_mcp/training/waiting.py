@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from tinker_mcp.errors import BackendGoneError, TinkerMcpError
@@ -45,11 +46,49 @@ async def wait(tasks: set[asyncio.Task[Any]], backend: Backend | None, deadline:
     return True
 
 
+@dataclass
+class Shared:
+    """Work that equal calls have in common.
+
+    Attributes:
+        task: The work itself, once it was started.
+        wanted: Set while a call waits for it.
+        is_committed: Whether it has begun what somebody must be there to hear of.
+    """
+
+    task: asyncio.Task[Any] | None = None
+    wanted: asyncio.Event = field(default_factory=asyncio.Event)
+    is_committed: bool = False
+    _waiting: int = 0
+    _owed: int = 0  # calls that were told to come again
+
+    def joined(self) -> None:
+        """Count a call that waits from now on; it may be one that was told to come again."""
+        self._owed = max(0, self._owed - (self.task is not None))
+        self._waiting += 1
+        self.wanted.set()
+
+    def left(self, *, is_owed: bool) -> bool:
+        """Count a call that does not wait any more; whether nobody is left to hear the result."""
+        self._owed += is_owed
+        self._waiting -= 1
+        if not self._waiting:
+            self.wanted.clear()
+        return not self._waiting and not self._owed
+
+    async def commit(self) -> None:
+        """Go on, in the work itself, once a call waits for it."""
+        while not self._waiting:
+            await self.wanted.wait()
+        self.is_committed = True
+
+
 class Unfinished:
     """Work that outlived the call which asked for it, by what it was asked with."""
 
     def __init__(self) -> None:
         self._left: defaultdict[Hashable, deque[asyncio.Task[Any]]] = defaultdict(deque)
+        self._shared: dict[Hashable, Shared] = {}
         self._running: set[asyncio.Task[Any]] = set()
 
     async def finish(
@@ -96,15 +135,42 @@ class Unfinished:
             return None
         return task.result()
 
+    async def share(
+        self, key: Hashable, start: Callable[[Shared], Awaitable[T]], deadline: float
+    ) -> T | None:
+        """Like `finish`, for work that must not be done twice: equal calls share it.
+
+        So do calls that wait at the same time. The result is kept until every call that was told
+        None has come again; an equal call after that starts anew.
+        """
+        shared = self._shared.setdefault(key, Shared())
+        shared.joined()
+        if shared.task is None:
+            shared.task = self._started(lambda: start(shared))
+        is_done = False
+        try:
+            is_done = await wait({shared.task}, None, deadline)
+        finally:
+            if shared.left(is_owed=not is_done):
+                self._shared.pop(key, None)
+        result: T | None = shared.task.result() if is_done else None
+        return result
+
+    def shared(self, key: Hashable) -> Shared | None:
+        """The work of `key` that an equal call would join."""
+        return self._shared.get(key)
+
     def forget(self) -> None:
         """Let nothing that was left be taken over any more; it still runs to its end."""
         self._left.clear()
+        self._shared.clear()
 
     def close(self) -> None:
         """Give up all of it."""
         for task in self._running:
             abandon(task)
         self._left.clear()
+        self._shared.clear()
 
     def _taken_over(self, key: Hashable) -> asyncio.Task[Any] | None:
         waiting = self._left.pop(key, deque())

@@ -58,23 +58,26 @@ class _Settled:
     price: Price | None
 
 
-async def plan(workspace: Workspace, arguments: RunArguments) -> Planned | None:
-    """Check and settle all of a run; None when it takes longer than a call may (ask again).
+async def checked(workspace: Workspace, arguments: RunArguments) -> Planned:
+    """Check and settle all of a run, however long that takes.
 
     Raises:
         InvalidInputError: Something stands in its way; all of it is told, each with its fix.
         BackendUnreachableError, BackendStartingError: The backend does not answer, or not yet.
     """
+    findings = Findings(arguments.accept)
+    settled = await _settled(workspace, arguments, findings)
+    spec, told = settled.planned.spec, settled.planned.estimate
+    checks.budget(arguments, spec, told, workspace.connector.settings, findings)
+    findings.raise_if_any()
+    return settled.planned
 
-    async def start() -> Planned:
-        findings = Findings(arguments.accept)
-        settled = await _settled(workspace, arguments, findings)
-        spec, told = settled.planned.spec, settled.planned.estimate
-        checks.budget(arguments, spec, told, workspace.connector.settings, findings)
-        findings.raise_if_any()
-        return settled.planned
 
-    return await _in_a_call(workspace, ("plan", repr(arguments)), start)
+async def plan(workspace: Workspace, arguments: RunArguments) -> Planned | None:
+    """The same; None when it takes longer than a call may (ask again)."""
+    return await _in_a_call(
+        workspace, ("plan", repr(arguments)), lambda: checked(workspace, arguments)
+    )
 
 
 async def forecast(workspace: Workspace, arguments: RunArguments) -> Planned | None:

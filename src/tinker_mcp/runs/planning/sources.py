@@ -156,8 +156,13 @@ class _Made:
 
 @lru_cache(maxsize=4)  # estimate_cost, then start_run: each a training and a held-out file
 def _rendered(request: _Request) -> _Made:
-    kind, examples, problems = _read(request.path, request.given, request.kinds, request.columns)
-    made = datums.render(examples, request.model, request.train_on_what, request.max_length, "none")
+    with datums.without_collections():
+        kind, examples, problems = _read(
+            request.path, request.given, request.kinds, request.columns
+        )
+        made = datums.render(
+            examples, request.model, request.train_on_what, request.max_length, "none"
+        )
     what = {"text": "all_tokens", "preference": "last_assistant_message"}
     rows = Rows(
         source=str(request.path),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from anyio.to_thread import run_sync
 from pydantic import BaseModel, Field
 
 from tinker_mcp.server.tools.data import Columns, Tokens
@@ -13,7 +14,7 @@ from tinker_mcp.server.tools.replies import (
     backend_label,
     workspace_of,
 )
-from tinker_mcp.training import inspection
+from tinker_mcp.training import inspection, libraries
 from tinker_mcp.training.inspection import Inspection, InspectPlan
 from tinker_mcp.training.verdicts import Fitness, Method
 
@@ -61,7 +62,10 @@ async def inspect_dataset(
     Next: the call in your method's verdict.
     """
     plan = InspectPlan(path, base_model, columns or {}, max_length)
-    found = await inspection.inspect(workspace_of(ctx), plan)
+    workspace = workspace_of(ctx)
+    found = await inspection.inspect(workspace, plan)
+    if not libraries.are_loaded():  # the next call will want them: the agent thinks meanwhile
+        workspace.unfinished.begin("libraries", lambda: run_sync(libraries.load))
     if found is None:
         return DatasetReport(
             finished=False,

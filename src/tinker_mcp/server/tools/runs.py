@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import anyio
 from anyio.to_thread import run_sync
@@ -17,13 +17,11 @@ from mcp_types import CallToolResult, ContentBlock, ImageContent, TextContent
 from pydantic import Field, WithJsonSchema
 
 from tinker_mcp.runs.planning.arguments import WEEK_S
-from tinker_mcp.runs.repeated import check_same
-from tinker_mcp.runs.spec import LoggerName, LrSchedule, Method, RunSpec
+from tinker_mcp.runs.spec import LoggerName, LrSchedule, Method
 from tinker_mcp.runs.states import ACTIVE, RunState
-from tinker_mcp.server.tools import run_reading
+from tinker_mcp.server.tools import run_reading, run_starting
 from tinker_mcp.server.tools.costs import run_arguments
 from tinker_mcp.server.tools.replies import (
-    STILL_RUNNING,
     Number,
     Seed,
     ToolContext,
@@ -37,14 +35,8 @@ from tinker_mcp.server.tools.run_replies import (
     StartedRun,
     WaitedRun,
     moved,
-    started,
     waited,
 )
-from tinker_mcp.settings import Settings
-
-if TYPE_CHECKING:
-    from tinker_mcp.runs.planning.plan import Planned
-    from tinker_mcp.store.rows import RunRow
 
 _LOOK_EVERY_S = 0.25
 
@@ -99,30 +91,9 @@ async def start_run(
     estimate_cost tells the price. A repeated idempotency_key starts nothing. Next: wait_for_run.
     """
     asked = {key: value for key, value in locals().items() if key != "ctx"}
+    deadline = time.monotonic() + run_starting.LIMIT_S
     arguments = run_arguments(asked | {"columns": columns or {}})
-    workspace = workspace_of(ctx)
-    settings = workspace.connector.settings
-    known = await run_sync(run_reading.of_key, settings, idempotency_key)
-    if known is not None and known.lease is not None:
-        check_same(known, arguments)
-        return await run_sync(_started, settings, known, None)
-    from tinker_mcp.runs.planning.plan import plan
-
-    planned = await plan(workspace, arguments)
-    if planned is None:
-        return StartedRun(finished=False, next_step=STILL_RUNNING.format(tool="start_run"))
-    began = time.time()
-    start = partial(run_reading.supervisor(settings).start, planned, idempotency_key, arguments)
-    row = await run_sync(start)
-    return await run_sync(_started, settings, row, planned if row.created_at >= began else None)
-
-
-def _started(settings: Settings, row: RunRow, planned: Planned | None) -> StartedRun:
-    from tinker_mcp.runs.folder import RunFolder
-
-    folder = RunFolder.of(settings.home, row.run_id).path
-    run = run_reading.summary(settings, row.run_id)
-    return started(run, RunSpec.model_validate_json(row.spec), folder, planned)
+    return await run_starting.started(workspace_of(ctx), arguments, deadline)
 
 
 async def list_runs(

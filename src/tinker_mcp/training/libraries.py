@@ -1,0 +1,40 @@
+"""The heavy libraries of this process: whether they are there, and loading them before they are.
+
+They take five seconds of a processor and 400 MB, so nothing loads them before it is plain that
+somebody will train. Where it is, a thread can do so while the agent thinks.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+one_at_a_time = threading.RLock()
+"""Held where a library may be loaded: `from transformers import AutoTokenizer` raised ImportError
+in a thread while another one was loading what it belongs to."""
+
+_LAST = (  # what takes longest: transformers brings torch._dynamo, the cookbook datasets
+    "transformers.models.auto.tokenization_auto",
+    "tinker_cookbook.supervised.common",
+)
+
+
+def are_loaded() -> bool:
+    """Whether data can be rendered without loading more."""
+    return all(map(_is_loaded, _LAST))
+
+
+def _is_loaded(name: str) -> bool:
+    module = sys.modules.get(name)
+    # While a module is imported it is there already; Python itself asks this of its spec.
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
+
+
+def load() -> None:
+    """Load them. Blocks for seconds; the event loop of another thread for 0.3 s at a time."""
+    with one_at_a_time:
+        import tinker  # noqa: F401  (as in sessions: what most tools wait for comes first)
+    with one_at_a_time:
+        from transformers import AutoTokenizer  # noqa: F401
+    with one_at_a_time:
+        pass
