@@ -20,7 +20,7 @@ from tiny_data import TINY
 
 BOUND_S = 10.0
 ANSWER_S = 30.0
-CYCLE_S = 0.3
+CYCLE_S = 0.5
 
 
 async def wait(tasks: set[asyncio.Task[Any]]) -> None:
