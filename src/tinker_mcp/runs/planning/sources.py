@@ -55,7 +55,8 @@ class Rows:
     def units(self) -> Sequence[Sequence[tinker.Datum]]:
         """What a batch is made of: a datum, or a pair."""
         size = self.datums_a_unit
-        return [self.datums[i : i + size] for i in range(0, len(self.datums), size)]
+        with datums.without_collections():
+            return [self.datums[i : i + size] for i in range(0, len(self.datums), size)]
 
 
 def is_handle(data: str) -> bool:
