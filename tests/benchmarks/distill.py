@@ -26,7 +26,7 @@ import click
 from tests.servers import LocalServer, start_server
 from tinker_mcp.runs.folder import RunFolder
 from tinker_mcp.runs.planning.arguments import RunArguments
-from tinker_mcp.runs.planning.plan import Planned, plan
+from tinker_mcp.runs.planning.plan import Planned, checked
 from tinker_mcp.runs.states import ACTIVE
 from tinker_mcp.runs.supervisor import Supervisor
 from tinker_mcp.settings import Settings
@@ -200,9 +200,7 @@ def completed(settings: Settings, **arguments: Any) -> RunRow:
 async def planned(settings: Settings, asked: RunArguments) -> Planned:
     workspace = Workspace(BackendConnector(settings))
     try:
-        while (found := await plan(workspace, asked)) is None:
-            pass  # it took longer than a call may: the same call again
-        return found
+        return await checked(workspace, asked)
     finally:
         await workspace.close()
 

@@ -13,7 +13,7 @@ import pytest
 
 from tinker_mcp.errors import InvalidInputError
 from tinker_mcp.runs.planning.arguments import RunArguments
-from tinker_mcp.runs.planning.plan import Planned, plan
+from tinker_mcp.runs.planning.plan import Planned, checked
 from tinker_mcp.settings import Settings
 from tinker_mcp.training.backend import Backend, BackendConnector
 from tinker_mcp.training.building import BuildPlan, Built, build
@@ -77,15 +77,13 @@ async def workspace_on(
 
 async def planned(workspace: Workspace, data: str, **asked: Any) -> Planned:
     """A plan that must succeed."""
-    found = await plan(workspace, arguments(data, **asked))
-    assert found is not None
-    return found
+    return await checked(workspace, arguments(data, **asked))
 
 
 async def refusal(workspace: Workspace, data: str, **asked: Any) -> str:
     """What a plan that must fail says."""
     with pytest.raises(InvalidInputError) as refused:
-        await plan(workspace, arguments(data, **asked))
+        await checked(workspace, arguments(data, **asked))
     return str(refused.value)
 
 

@@ -10,7 +10,7 @@ import pytest
 from planning import arguments, conversations, workspace_on, write
 
 from tinker_mcp.runs.planning.estimate import Speed, counted, estimate, evaluations, passes
-from tinker_mcp.runs.planning.plan import forecast, plan
+from tinker_mcp.runs.planning.plan import checked, forecast
 from tinker_mcp.runs.spec import DataFacts, RunSpec
 from tinker_mcp.settings import Settings
 from tinker_mcp.training.clients import Workspace
@@ -149,15 +149,15 @@ async def test_a_forecast_measures_the_local_backend_once_and_leaves_no_client(
     workspace: Workspace, tmp_path: Path
 ) -> None:
     asked = arguments(write(tmp_path, conversations(40)), rank=5)
-    before = await plan(workspace, asked)
+    before = await checked(workspace, asked)
     first = await forecast(workspace, asked)
     again = await forecast(workspace, asked)
-    assert before is not None and first is not None and again is not None
+    assert first is not None and again is not None
     assert before.estimate.seconds is None
     assert "estimate_cost measures it" in before.estimate.seconds_source
     assert first.estimate.seconds is not None and 0 < first.estimate.seconds < 60
     assert again.estimate.seconds == first.estimate.seconds
     assert "3 measured steps of 248 tokens" in first.estimate.seconds_source
-    after = await plan(workspace, asked)
-    assert after is not None and after.estimate.seconds == first.estimate.seconds
+    after = await checked(workspace, asked)
+    assert after.estimate.seconds == first.estimate.seconds
     assert workspace.clients == {}

@@ -20,7 +20,7 @@ from planning import (
 )
 
 from servers import LocalServer
-from tinker_mcp.runs.planning.plan import forecast, plan
+from tinker_mcp.runs.planning.plan import forecast
 from tinker_mcp.runs.spec import RunSpec
 from tinker_mcp.settings import Settings
 from tinker_mcp.training import checkpoints, models
@@ -337,7 +337,7 @@ async def test_a_call_that_runs_out_of_time_is_taken_up_by_the_next(
     async with workspace_on(settings) as workspace:
         found, calls = None, 0
         while found is None and calls < 2000:
-            found = await plan(workspace, asked)
+            found = await forecast(workspace, asked)
             calls += 1
     assert found is not None and calls > 1
     assert len(found.train) == 300

@@ -16,7 +16,7 @@ import pytest
 from servers import LocalServer, start_server
 from tinker_mcp.runs.folder import RunFolder
 from tinker_mcp.runs.planning.arguments import RunArguments
-from tinker_mcp.runs.planning.plan import Planned, plan
+from tinker_mcp.runs.planning.plan import Planned, checked
 from tinker_mcp.runs.states import ACTIVE
 from tinker_mcp.runs.supervisor import Supervisor
 from tinker_mcp.settings import Settings
@@ -67,9 +67,7 @@ async def planned(settings: Settings, asked: RunArguments) -> Planned:
     workspace = Workspace(BackendConnector(settings))
     try:
         async with asyncio.timeout(BOUND_S):
-            while (found := await plan(workspace, asked)) is None:
-                pass  # it took longer than a call may: the same call again
-        return found
+            return await checked(workspace, asked)
     finally:
         await workspace.close()
 

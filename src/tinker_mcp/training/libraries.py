@@ -6,6 +6,7 @@ somebody will train. Where it is, a thread can do so while the agent thinks.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 
@@ -13,15 +14,16 @@ one_at_a_time = threading.RLock()
 """Held where a library may be loaded: `from transformers import AutoTokenizer` raised ImportError
 in a thread while another one was loading what it belongs to."""
 
-_LAST = (  # what takes longest: transformers brings torch._dynamo, the cookbook datasets
-    "transformers.models.auto.tokenization_auto",
-    "tinker_cookbook.supervised.common",
+_LIBRARIES = (  # in the order in which tools wait for them
+    "tinker",
+    "transformers.models.auto.tokenization_auto",  # brings torch._dynamo
+    "tinker_cookbook.supervised.common",  # brings datasets
 )
 
 
 def are_loaded() -> bool:
     """Whether data can be rendered without loading more."""
-    return all(map(_is_loaded, _LAST))
+    return all(map(_is_loaded, _LIBRARIES))
 
 
 def _is_loaded(name: str) -> bool:
@@ -32,9 +34,6 @@ def _is_loaded(name: str) -> bool:
 
 def load() -> None:
     """Load them. Blocks for seconds; the event loop of another thread for 0.3 s at a time."""
-    with one_at_a_time:
-        import tinker  # noqa: F401  (as in sessions: what most tools wait for comes first)
-    with one_at_a_time:
-        from transformers import AutoTokenizer  # noqa: F401
-    with one_at_a_time:
-        pass
+    for name in _LIBRARIES:
+        with one_at_a_time:
+            importlib.import_module(name)

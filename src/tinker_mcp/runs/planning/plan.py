@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,15 +73,11 @@ async def checked(workspace: Workspace, arguments: RunArguments) -> Planned:
     return settled.planned
 
 
-async def plan(workspace: Workspace, arguments: RunArguments) -> Planned | None:
-    """The same; None when it takes longer than a call may (ask again)."""
-    return await _in_a_call(
-        workspace, ("plan", repr(arguments)), lambda: checked(workspace, arguments)
-    )
-
-
 async def forecast(workspace: Workspace, arguments: RunArguments) -> Planned | None:
-    """The same for an estimate: whatever it costs is allowed, and the local backend is measured."""
+    """The same for an estimate: whatever it costs is allowed, and the local backend is measured.
+
+    None when it takes longer than a call may: the same call takes it up again.
+    """
 
     async def start() -> Planned:
         findings = Findings(arguments.accept)
@@ -95,13 +91,9 @@ async def forecast(workspace: Workspace, arguments: RunArguments) -> Planned | N
         )
         return _with_speed(planned, settled.price, speed)
 
-    return await _in_a_call(workspace, ("forecast", repr(arguments)), start)
-
-
-async def _in_a_call(
-    workspace: Workspace, key: tuple[str, str], start: Callable[[], Awaitable[Planned]]
-) -> Planned | None:
-    return await workspace.unfinished.finish(key, start, None, workspace.deadline())
+    return await workspace.unfinished.finish(
+        ("forecast", repr(arguments)), start, None, workspace.deadline()
+    )
 
 
 async def _settled(workspace: Workspace, arguments: RunArguments, findings: Findings) -> _Settled:
