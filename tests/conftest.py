@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,25 @@ def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         process.kill()
     psutil.wait_procs(alive, timeout=5)
     assert commands == []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_sdk_draws_for_itself() -> Iterator[None]:
+    """Give the SDK's threads a random generator of their own for their jitter.
+
+    hypothesis refuses a test during which anything in the process draws from Python's own, and a
+    client's heartbeat goes on in its daemon thread long after the test that opened it.
+    """
+    from tinker import _base_client
+    from tinker.lib import _jwt_auth, retry_handler
+
+    own = random.Random(0)  # noqa: S311
+    drawing = pytest.MonkeyPatch()
+    drawing.setattr(_base_client, "random", own.random)
+    drawing.setattr(_jwt_auth, "random", own)
+    drawing.setattr(retry_handler, "random", own)
+    yield
+    drawing.undo()
 
 
 @pytest.fixture(scope="session")
