@@ -149,6 +149,28 @@ def measure_starts(rounds: int, home: Path) -> list[Row]:
     ]
 
 
+def measure_calls(rounds: int, home: Path) -> list[Row]:
+    """Calls that do nothing, in turns, as far apart as a step's: the least that a call can add.
+
+    Both servers have gone to sleep meanwhile, and waking takes longer than the call.
+    """
+    hosts = [Host(OURS, home), Host(BARE, home)]
+    calls: list[tuple[str, dict[str, Any]]] = [("list_clients", {}), ("add", {"a": 1, "b": 2})]
+    taken: list[list[float]] = [[], []]
+    try:
+        for _ in range(rounds + 1):
+            for host, (tool, arguments), found in zip(hosts, calls, taken, strict=True):
+                time.sleep(STEP_S / 2)
+                began = time.perf_counter()
+                host.request("tools/call", {"name": tool, "arguments": arguments})
+                found.append(1e3 * (time.perf_counter() - began))
+    finally:
+        for host in hosts:
+            host.end()
+    ours, bare = (statistics.median(found[1:]) for found in taken)
+    return [Row("a call that does nothing", "ms", ours, bare, ours / bare)]
+
+
 def _list_rows(ours: list[dict[str, Any]], bare: list[dict[str, Any]]) -> list[Row]:
     count, how = token_counter()
 
@@ -365,6 +387,7 @@ def main(only: str | None, quick: bool, json_file: Path | None) -> None:
     with tempfile.TemporaryDirectory(prefix="tinker-mcp-benchmark-") as room:
         home = Path(room)
         rows = [] if only == "step" else measure_starts(starts, home)
+        rows += [] if only == "start" else measure_calls(steps, home)
         rows += [] if only == "start" else anyio.run(measure_steps, steps, home)
     seconds = time.perf_counter() - began
     click.echo(_report(rows, starts, steps, seconds))
@@ -387,8 +410,8 @@ def _report(rows: Sequence[Row], starts: int, steps: int, seconds: float) -> str
             "",
             *lines,
             "",
-            "other: of a start and the list, a bare one-tool server on the same MCP SDK; of a "
-            "step, the tinker SDK alone.",
+            "other: of a start, the list and a call, a bare one-tool server on the same MCP SDK; "
+            "of a step, the tinker SDK alone.",
             f"medians of {starts} starts and {steps} steps, in turns; of a step, those of "
             f"neighbours' ratios and differences; {seconds:.0f} s in all.",
         ]
