@@ -48,6 +48,7 @@ def parsed() -> argparse.Namespace:
     options.add_argument("--checkpoint", action="append", default=[], help="sampler path; again")
     options.add_argument("--grader", choices=GRADERS, default="overlap")
     options.add_argument("--max-tokens", type=int, default=48)
+    options.add_argument("--show", type=int, default=3, help="rows whose answers are told")
     return options.parse_args()
 
 
@@ -90,11 +91,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for name, sampler in samplers.items()
     }
     results = {}
+    shown = [
+        {
+            "prompt": [turn["content"] for turn in messages[:-1]],
+            "reference": messages[-1]["content"],
+        }
+        for messages in rows[: max(args.show, 0)]
+    ]
     for name, of_rows in requests.items():
+        answers: list[str] = []
         grades, nll, trained, cut = [], 0.0, 0.0, 0
         for messages, (_, weights), (sampling, scoring) in zip(rows, scored, of_rows, strict=True):
             [sequence] = sampling.result().sequences
             text, is_complete = model.answer(sequence.tokens)
+            answers.append(text)
             grades.append(GRADERS[args.grader](text, str(messages[-1]["content"])))
             cut += not is_complete
             pairs = list(zip(weights.tolist(), scoring.result(), strict=True))[1:]  # no score at 0
@@ -103,7 +113,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         grade = sum(grades) / len(grades)
         results[name] = {"grade": grade, "nll": nll / trained, "cut_answers": cut}
         scripting.tell(name, results[name])
-    return plan | {"results": results}
+        for row, answer in zip(shown, answers, strict=False):
+            row[name] = answer
+    return plan | {"results": results, "answers": shown}
 
 
 if __name__ == "__main__":

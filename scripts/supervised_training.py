@@ -19,6 +19,7 @@ from tinker_mcp import scripting
 from tinker_mcp.scripting import tell, tokens
 from tinker_mcp.training.datasets import split
 from tinker_mcp.training.loop import batch_of
+from tinker_mcp.training.marking import marked
 
 
 def parsed() -> argparse.Namespace:
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         usd_max=opened.usd(trained, prefill, sampled),
     )
     if args.dry_run:
-        return plan
+        return plan | {"first_row": marked(train[0], model)}
 
     service = opened.service()
     opening = service.create_lora_training_client(args.base_model, rank=args.rank, seed=args.seed)

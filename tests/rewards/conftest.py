@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tinker_mcp.training.rewards.jail import Jail, Limits, Program
+from tinker_mcp.training.rewards.cell import Limits, Program
+from tinker_mcp.training.rewards.jail import Jail
 
 OpenJail = Callable[..., Jail]
 

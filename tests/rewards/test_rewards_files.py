@@ -16,8 +16,9 @@ import pytest
 
 from tinker_mcp.errors import InvalidInputError, NotFoundError
 from tinker_mcp.settings import Settings
+from tinker_mcp.training.rewards.cell import Limits, Program
 from tinker_mcp.training.rewards.contract import Completion, Scored
-from tinker_mcp.training.rewards.jail import Held, Limits, Program
+from tinker_mcp.training.rewards.jail import Held
 from tinker_mcp.training.rewards.opening import opened
 from tinker_mcp.training.rewards.pool import JailedReward
 from tinker_mcp.training.rewards.probe import probe
@@ -267,7 +268,8 @@ def test_without_walls_code_runs_only_where_the_user_says_so(
     allowed: str, told: str, tmp_path: Path
 ) -> None:
     code = f"""
-from tinker_mcp.training.rewards.jail import Jail, Limits, Program, Sample
+from tinker_mcp.training.rewards.cell import Limits, Program
+from tinker_mcp.training.rewards.jail import Jail, Sample
 jail = Jail(Program("file", "r", "def reward(c, r): return 1"), Limits(), {allowed})
 try:
     jail.open()

@@ -13,8 +13,9 @@ from distill_runs import HELD_OUT_WORDS, a_distillation, a_teacher, asked, disti
 from servers import LocalServer
 from tinker_mcp.runs import transcripts
 from tinker_mcp.runs.methods import distill
+from tinker_mcp.runs.policy.completer import Policy
 from tinker_mcp.runs.policy.drift import KlAlarm
-from tinker_mcp.runs.policy.rollouts import Policy, PromptGroup
+from tinker_mcp.runs.policy.rollouts import PromptGroup
 from tinker_mcp.store.runs import RunStore
 from tinker_mcp.training import rendering
 from tinker_mcp.training.backend import Backend

@@ -182,6 +182,21 @@ def test_supervised_training_shows_held_out_loss_and_answers_before_and_after(ru
     assert all(answer.keys() == {"prompt", "before", "after"} for answer in found["answers"])
 
 
+def test_a_dry_run_of_supervised_training_shows_what_is_trained_on(copied: Ended) -> None:
+    asked, _, answered = copied.result["first_row"].partition("<|im_start|>assistant\n")
+
+    assert "user" in asked and "⟦" not in asked
+    assert answered.startswith("⟦") and answered.endswith("<|im_end|>⟧")
+
+
+def test_an_evaluation_shows_the_first_answers_beside_the_reference(run: Run) -> None:
+    found = run_tiny(run, "evaluation", "--show=1").result
+
+    [row] = found["answers"]
+    assert row.keys() == {"prompt", "reference", "base"}
+    assert all(row.values())
+
+
 def test_sums_that_measure_accuracy_are_trained_on_in_neither_order() -> None:
     problems = runpy.run_path(str(SCRIPTS / "rl_training.py"))["problems"]
 

@@ -194,7 +194,7 @@ def without_collections() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            # To and fro makes them old, in no time. Else the next two collections of young objects
+            # Frozen and thawed they are old, at once. Else the next two collections of young objects
             # look at all of them and hold everything up: 5 s for 100,000 conversations.
             gc.freeze()
             gc.unfreeze()

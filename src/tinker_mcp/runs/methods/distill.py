@@ -23,19 +23,11 @@ from tinker_mcp.runs.attempt import Attempt, Outcome, positions
 from tinker_mcp.runs.distill_options import DistillOptions
 from tinker_mcp.runs.methods import sft
 from tinker_mcp.runs.policy import teacher
+from tinker_mcp.runs.policy.completer import Policy, Usage, seed_of
 from tinker_mcp.runs.policy.drift import CookbookScorer, KlAlarm
-from tinker_mcp.runs.policy.rollouts import (
-    Policy,
-    PromptGroup,
-    Rolled,
-    Usage,
-    background,
-    load_cookbook,
-    numbers_of,
-    roll,
-    seed_of,
-    together,
-)
+from tinker_mcp.runs.policy.outcomes import numbers_of
+from tinker_mcp.runs.policy.rollouts import PromptGroup, Rolled, load_cookbook, roll
+from tinker_mcp.runs.policy.tasks import background, together
 from tinker_mcp.runs.prompts import Prompt
 from tinker_mcp.runs.prompts import load_both as load
 from tinker_mcp.runs.spec import RunSpec

@@ -24,21 +24,12 @@ from tinker_mcp.runs import prompts, transcripts
 from tinker_mcp.runs.ahead import Ahead, Bill
 from tinker_mcp.runs.attempt import Attempt, Outcome, positions
 from tinker_mcp.runs.policy import group_sources
+from tinker_mcp.runs.policy.completer import Policy, Usage, seed_of
 from tinker_mcp.runs.policy.drift import CookbookScorer, KlAlarm
 from tinker_mcp.runs.policy.group_sources import Source
-from tinker_mcp.runs.policy.rollouts import (
-    Policy,
-    PromptGroup,
-    Rolled,
-    Usage,
-    background,
-    datums_of,
-    load_cookbook,
-    numbers_of,
-    roll,
-    seed_of,
-    together,
-)
+from tinker_mcp.runs.policy.outcomes import datums_of, numbers_of
+from tinker_mcp.runs.policy.rollouts import PromptGroup, Rolled, load_cookbook, roll
+from tinker_mcp.runs.policy.tasks import background, together
 from tinker_mcp.runs.prompts import Prompt
 from tinker_mcp.runs.rl_options import RlOptions, options_of
 from tinker_mcp.runs.spec import RunSpec

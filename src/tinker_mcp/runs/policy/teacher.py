@@ -19,7 +19,9 @@ import anyio.to_thread
 from tinker_mcp.errors import InvalidInputError
 from tinker_mcp.runs.attempt import Attempt, Outcome
 from tinker_mcp.runs.distill_options import DistillOptions
-from tinker_mcp.runs.policy.rollouts import Policy, PromptGroup, Usage, roll, seed_of, together
+from tinker_mcp.runs.policy.completer import Policy, Usage, seed_of
+from tinker_mcp.runs.policy.rollouts import PromptGroup, roll
+from tinker_mcp.runs.policy.tasks import together
 from tinker_mcp.runs.prompts import Prompt
 from tinker_mcp.training import datums, rendering, sessions
 from tinker_mcp.training.formats import Conversation

@@ -10,8 +10,8 @@ from tinker_mcp.errors import InvalidInputError, NotFoundError
 from tinker_mcp.settings import Settings
 from tinker_mcp.training import roots
 from tinker_mcp.training.rewards import plain
+from tinker_mcp.training.rewards.cell import Limits, Program
 from tinker_mcp.training.rewards.contract import Reward
-from tinker_mcp.training.rewards.jail import Limits, Program
 from tinker_mcp.training.rewards.pool import JailedReward
 from tinker_mcp.training.rewards.specs import (
     ExactMatch,

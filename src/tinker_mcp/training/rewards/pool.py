@@ -10,8 +10,9 @@ from contextlib import asynccontextmanager
 
 import anyio.to_thread
 
+from tinker_mcp.training.rewards.cell import Limits, Program
 from tinker_mcp.training.rewards.contract import Completion, Row, Scored
-from tinker_mcp.training.rewards.jail import Jail, Limits, Program, Sample
+from tinker_mcp.training.rewards.jail import Jail, Sample
 
 _CHUNK = 16  # samples a trip to a thread: 0.2 ms of overhead on each
 _GROW_AFTER_S = 0.25  # twice what a further process takes to start

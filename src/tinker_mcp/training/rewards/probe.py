@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tinker_mcp.errors import InvalidInputError
-from tinker_mcp.training.rewards.jail import Held, Jail, Limits, Program, Sample
+from tinker_mcp.training.rewards.cell import Limits, Program
+from tinker_mcp.training.rewards.jail import Held, Jail, Sample
 
 _ATTEMPTS = ("network", "files", "memory", "processes")
 _SOURCE = """

@@ -1,1 +1,1 @@
-"""What runs in a jail's own process: the standard library alone, and started by `jail.py` only."""
+"""What runs in a jail's own process: the standard library alone, and started by `cell.py` only."""
