@@ -194,8 +194,8 @@ def without_collections() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            # Frozen and thawed they are old, at once. Else the next two collections of young objects
-            # look at all of them and hold everything up: 5 s for 100,000 conversations.
+            # Frozen and thawed they are old, at once. Else the next two collections of young
+            # objects look at all of them and hold everything up: 5 s for 100,000 conversations.
             gc.freeze()
             gc.unfreeze()
             gc.enable()
