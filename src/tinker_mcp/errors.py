@@ -9,6 +9,7 @@ TinkerMcpError            code + problem + next_step
   BackendUnreachableError backend_unreachable  no answer from the backend
     BackendGoneError      backend_unreachable  nothing listens there any more
   RequestFailedError      request_failed       the backend refused or failed a request
+  StoreBusyError          store_busy           another process holds the database of runs
 ```
 """
 
@@ -64,3 +65,9 @@ class RequestFailedError(TinkerMcpError):
     """The backend refused a request or failed on it."""
 
     code = "request_failed"
+
+
+class StoreBusyError(TinkerMcpError):
+    """Another process holds the database of runs for longer than a write takes."""
+
+    code = "store_busy"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from tinker_mcp.runs.planning.plan import Planned
 from tinker_mcp.runs.states import ACTIVE
 from tinker_mcp.runs.supervisor import Supervisor
 from tinker_mcp.store.rows import RunRow
-from tinker_mcp.store.runs import RunStore, exists
+from tinker_mcp.store.runs import FILE_NAME, RunStore, exists
 
 BOUND_S = 120.0
 CYCLE_S = 0.2  # of the paced backend: a run of 12 steps can be met in its middle
@@ -66,6 +67,22 @@ def worker_of(row: RunRow) -> psutil.Process:
     process = psutil.Process(row.pid)
     assert row.run_id in process.cmdline()
     return process
+
+
+def suspend_between_writes(process: psutil.Process, home: Path) -> None:
+    """Suspend a worker while it holds no lock of the store; test_runs_stuck.py has the other."""
+    for _ in range(1000):
+        process.suspend()
+        store = sqlite3.connect(home / FILE_NAME, timeout=0, isolation_level=None)
+        try:
+            store.execute("BEGIN IMMEDIATE")
+            return
+        except sqlite3.OperationalError:
+            process.resume()
+            time.sleep(_LOOK_S)
+        finally:
+            store.close()
+    raise AssertionError("it holds the store all the time")
 
 
 def kill(supervisor: Supervisor, run_id: str) -> None:

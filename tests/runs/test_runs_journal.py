@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,8 @@ from detached import checkpoint_lines, metric_lines
 
 from tinker_mcp.errors import NotFoundError
 from tinker_mcp.runs.journal import Journal
-from tinker_mcp.store.runs import LeaseLostError, RunStore
+from tinker_mcp.store import database
+from tinker_mcp.store.runs import FILE_NAME, LeaseLostError, RunStore
 
 
 @pytest.fixture
@@ -88,6 +92,26 @@ def test_a_worker_that_was_replaced_writes_to_no_file(journal: Journal, run: Run
 
     assert metric_lines(run.home, RUN_ID) == [(1, 1.0)]
     assert not run.folder.checkpoints.exists()
+
+
+def test_a_worker_waits_longer_than_others_for_a_store_that_is_held(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.1)
+    journal, held_s = run.journal(), 0.5
+    holder = sqlite3.connect(run.home / FILE_NAME, isolation_level=None, check_same_thread=False)
+    holder.execute("BEGIN IMMEDIATE")
+    release = threading.Timer(held_s, holder.rollback)
+    began = time.monotonic()
+    release.start()
+
+    journal.step(1, {"train_mean_nll": 2.0})
+
+    assert time.monotonic() - began >= held_s
+    assert run.losses() == [2.0]
+    release.join()
+    holder.close()
+    journal.close()
 
 
 def test_a_journal_opens_under_the_lease_of_the_run_alone(run: Run) -> None:

@@ -17,6 +17,7 @@ from detached import (
     planned,
     reached,
     state_events,
+    suspend_between_writes,
     until,
     worker_of,
 )
@@ -84,7 +85,7 @@ def test_a_worker_that_was_stuck_and_replaced_changes_nothing_when_it_wakes(
 ) -> None:
     run_id = paced.start(planned(steps=12, save_every=4)).run_id
     stuck = worker_of(reached(paced, run_id, 5))
-    stuck.suspend()
+    suspend_between_writes(stuck, paced_home)
     try:
         until(lambda: paced.run(run_id).state == "crashed", bound_s=15)
         assert "gave no sign of life for 10 s" in (paced.run(run_id).detail or "")

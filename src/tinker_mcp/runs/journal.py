@@ -25,6 +25,7 @@ from tinker_mcp.store.runs import LeaseLostError, RunStore
 log = structlog.get_logger()
 
 _TOKENS_A_PRICE = 1e6
+_STORE_WAIT_S = 600.0  # for another run's worker that is stuck amid a write: nothing is lost by it
 _BEFORE_ALL = -1  # the step that `rewind` goes back to where there is no checkpoint
 
 
@@ -47,7 +48,7 @@ class Journal:
             LeaseLostError: It has another worker.
         """
         self._run_id, self._lease = run_id, lease
-        self._store = RunStore(home)
+        self._store = RunStore(home, wait_s=_STORE_WAIT_S)
         row = self._store.get(run_id)
         if row.lease != lease:
             self._store.close()

@@ -14,14 +14,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import structlog
 
-from tinker_mcp.errors import InvalidInputError, NotFoundError
-from tinker_mcp.runs import repeated, which
+from tinker_mcp.errors import InvalidInputError, NotFoundError, StoreBusyError
+from tinker_mcp.runs import repeated, stuck, which
 from tinker_mcp.runs.folder import RunFolder
 from tinker_mcp.runs.planning.arguments import RunArguments
 from tinker_mcp.runs.spec import RunSpec
@@ -110,7 +111,8 @@ class Supervisor:
         with RunStore(self._settings.home) as store:
             if row.state == "crashed":
                 detail = f"Its worker had died after step {row.step}; stop_run put an end to it."
-                store.end_dead(run_id, _new_lease(), detail, before=row.lease)
+                end = partial(store.end_dead, run_id, _new_lease(), detail, before=row.lease)
+                _past_its_worker(row, end)
             elif row.state in ACTIVE:
                 store.ask_to_stop(run_id, "save" if save else "drop")
         return self.run(run_id)
@@ -175,7 +177,8 @@ class Supervisor:
         """Give a run to a new worker, unless somebody else has done so since `row` was read."""
         lease = _new_lease()
         changed = None if spec is None else spec.model_dump_json()
-        if not store.take(row.run_id, lease, None, before=row.lease, spec=changed):
+        take = partial(store.take, row.run_id, lease, None, before=row.lease, spec=changed)
+        if not _past_its_worker(row, take):
             return False
         if spec is not None:
             RunFolder.of(self._settings.home, row.run_id).write_config(spec, row.run_id)
@@ -250,6 +253,16 @@ class Supervisor:
                 f"{row.run_id} belongs to the {spec.backend} backend, this server to another.",
                 next_step=f"Restart the server with --backend {spec.backend}, then resume it.",
             )
+
+
+def _past_its_worker(row: RunRow, write: Callable[[], bool]) -> bool:
+    """Write to a run; where its worker seems dead and is stuck amid a write, end it before."""
+    try:
+        return write()
+    except StoreBusyError:
+        if row.state != "crashed" or not stuck.end_worker(row):
+            raise
+        return write()
 
 
 def as_told(row: RunRow) -> RunRow:

@@ -62,16 +62,17 @@ MIGRATIONS: Sequence[str] = (
 )
 
 
-def connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path, wait_s: float) -> sqlite3.Connection:
     """A connection to the database at `path`, made or migrated where it must be.
 
-    Transactions begin by hand (`BEGIN IMMEDIATE`). Close it in the thread that opened it.
+    A transaction waits `wait_s` at most for another to end. Transactions begin by hand
+    (`BEGIN IMMEDIATE`). Close it in the thread that opened it.
 
     Raises:
         InvalidInputError: A newer version of this program wrote it.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+    connection = sqlite3.connect(path, timeout=wait_s, isolation_level=None)
     try:
         connection.row_factory = sqlite3.Row
         _write_ahead(connection)

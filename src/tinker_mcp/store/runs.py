@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinker_mcp.errors import NotFoundError
+from tinker_mcp.errors import NotFoundError, StoreBusyError
 from tinker_mcp.store import database
 from tinker_mcp.store.rows import (
     CheckpointRow,
@@ -34,10 +34,15 @@ class LeaseLostError(Exception):
 
 
 class RunStore:
-    """The runs of one home. Not for several threads: each opens its own."""
+    """The runs of one home. Not for several threads: each opens its own.
 
-    def __init__(self, home: Path) -> None:
-        self._connection = database.connect(home / FILE_NAME)
+    All that writes raises StoreBusyError where another process holds the database for too long.
+    """
+
+    def __init__(self, home: Path, *, wait_s: float | None = None) -> None:
+        """Open it, to wait `wait_s` at most for another's write: 10 s by default."""
+        wait_s = database.BUSY_TIMEOUT_S if wait_s is None else wait_s
+        self._connection = database.connect(home / FILE_NAME, wait_s)
 
     def close(self) -> None:
         self._connection.close()
@@ -317,7 +322,7 @@ class RunStore:
         if self._connection.in_transaction:
             yield
             return
-        self._connection.execute("BEGIN IMMEDIATE")
+        self._begin()
         try:
             yield
             self._connection.execute("COMMIT")  # which may fail, too: the disk may be full
@@ -326,12 +331,19 @@ class RunStore:
                 self._connection.execute("ROLLBACK")
             raise
 
+    def _begin(self) -> None:
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                raise
+            raise StoreBusyError(
+                "Another process holds the database of runs, where a write takes milliseconds.",
+                next_step="Call again. Where that fails too, a worker may be suspended amid a "
+                "write: stop_run or resume_run of a run that list_runs calls crashed ends it.",
+            ) from error
+
 
 def exists(home: Path) -> bool:
     """Whether there is a store at all; reading tools make none."""
     return (home / FILE_NAME).exists()
-
-
-def is_busy(error: BaseException) -> bool:
-    """Whether another process held the database for too long."""
-    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
