@@ -335,7 +335,7 @@ class RunStore:
         try:
             self._connection.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # the rest says why it is
                 raise
             raise StoreBusyError(
                 "Another process holds the database of runs, where a write takes milliseconds.",
