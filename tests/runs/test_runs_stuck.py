@@ -20,6 +20,7 @@ from tinker_mcp.store.runs import FILE_NAME
 
 WRITER = """
 import os, signal, sqlite3, sys, time
+sys.stdin.readline()
 connection = sqlite3.connect(sys.argv[1], isolation_level=None)
 connection.execute("BEGIN IMMEDIATE")
 print("written", flush=True)
@@ -50,15 +51,18 @@ def amid_a_write(
 
     def begin(run_id: str, how: str, *arguments: str) -> Writer:
         command = [sys.executable, "-c", WRITER, str(path), how, run_id, *arguments]
-        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        writer = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
         begun.append(writer)
-        with sqlite3.connect(path) as store:  # ended with the block, before the other begins
+        with sqlite3.connect(path) as store:  # ended with the block
             store.execute(
                 "UPDATE runs SET pid = ?, heartbeat_at = ? WHERE run_id = ?",
                 (writer.pid, time.time() - 60, run_id),
             )
         store.close()
-        assert writer.stdout is not None
+        assert writer.stdin is not None and writer.stdout is not None
+        writer.stdin.write("\n")
+        writer.stdin.flush()
         assert writer.stdout.readline() == "written\n"
         return writer
 
