@@ -9,7 +9,8 @@ torch's own flash attention takes 20 % of a training step on a CPU. For sequence
 tokens, plain matrix products that keep the probabilities take a third to a half of its time. For
 longer ones the forward pass is torch's, and the backward pass here, matrix products over blocks of
 128 queries, takes about two thirds of torch's for 256 to 512 tokens, and as long from 1,024 on
-(bfloat16, 9 heads of 64).
+(bfloat16, 9 heads of 64). Compiled loops (numba, float32, without padding, on all threads) trained
+0.9 to 1.1 times as fast.
 """
 
 from __future__ import annotations

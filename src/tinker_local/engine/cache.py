@@ -5,8 +5,7 @@ and on a CPU their prompt's keys and values are kept once: 32 rows after a promp
 attend in half the time, since the prompt is read once and not 32 times (Juravsky 2024, Hydragen).
 Buffers grow in steps.
 
-On a CPU keys and values are float32, whatever the model's format: there a step has many small
-products, which MKL begins in a third of the time that oneDNN takes in bfloat16.
+On a CPU keys and values are float32, whatever the model's format.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch.nn import functional
 
-from tinker_local.engine.next_tokens import LayerState, NextTokens, SharedPrompt
+from tinker_local.engine.next_tokens import Block, LayerState, NextTokens, OnCpu, OnGpu
 
 _ROWS_STEP, _TOKENS_STEP = 8, 64
 
@@ -40,7 +39,7 @@ class _Block:
     """Neighbouring rows, and the keys and values, by layer, that precede what each row holds."""
 
     rows: int
-    shared: Sequence[LayerState] = ()
+    prompt: Sequence[torch.Tensor]  # (2, key-value heads, P, D) each; P is 0 if nothing does
 
 
 class KeyValueCache:
@@ -56,14 +55,15 @@ class KeyValueCache:
         """Add rows that all hold the same tokens, each by itself."""
         tokens = layers[0][0].shape[1]
         first, last = len(self.lengths), len(self.lengths) + copies
-        self._add(_Block(copies), layers, tokens)
+        nothing = [k.new_empty(2, len(k), 0, k.shape[2]) for k, _ in layers]
+        self._add(_Block(copies, nothing), layers, tokens)
         for buffer, (k, v) in zip(self._layers, layers, strict=True):
             buffer[0, first:last, :, :tokens] = k
             buffer[1, first:last, :, :tokens] = v
 
     def append_shared(self, layers: Sequence[LayerState], rows: int) -> None:
-        """Add rows that all continue the same tokens, which are kept as they are given."""
-        self._add(_Block(rows, layers), layers, 0)
+        """Add rows that all continue the same tokens, which are kept once."""
+        self._add(_Block(rows, [torch.stack(layer) for layer in layers]), layers, 0)
 
     def _add(self, block: _Block, layers: Sequence[LayerState], tokens: int) -> None:
         if not self._layers:
@@ -119,11 +119,20 @@ class KeyValueCache:
     def next_tokens(self, device: torch.device) -> NextTokens:
         """The layout of one more token a row; afterwards each row is one longer."""
         self._reserve(len(self.lengths), max(self.lengths) + 1)
-        shared = [
-            SharedPrompt(slice(*bounds), block.shared)
-            for bounds, block in zip(self._bounds(), self._blocks, strict=True)
-            if block.shared
-        ]
-        layout = NextTokens(self._layers, self.lengths, shared, device)
+        layout: NextTokens
+        if device.type == "cpu":
+            layout = OnCpu(self._layers, self.lengths, self._laid_out())
+        else:
+            layout = OnGpu(self._layers, self.lengths, device)
         self.lengths = [length + 1 for length in self.lengths]
         return layout
+
+    def _laid_out(self) -> list[Block]:
+        """Blocks and their rows; neighbours without a prompt of their own are one."""
+        found: list[Block] = []
+        for (first, end), block in zip(self._bounds(), self._blocks, strict=True):
+            if found and not block.prompt[0].shape[2] and not found[-1].prompt[0].shape[2]:
+                found[-1] = Block(slice(found[-1].rows.start, end), block.prompt)
+            else:
+                found.append(Block(slice(first, end), block.prompt))
+        return found

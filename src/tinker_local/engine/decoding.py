@@ -2,24 +2,28 @@
 
 While sequences are drawn, a forward pass has a row or a few dozen, so that the calls themselves
 and the reading of the weights cost more than the arithmetic. Here the layers that read the same
-input are one product, and weights have the order in which oneDNN reads them: a step takes half
-(1 row) to two thirds (32 rows) of the time of transformers' modules with the adapters around them
-(bfloat16, SmolLM2-135M). The numbers are the same up to rounding. Prompts are read by the same
-layers.
+input are one product, weights have the order in which oneDNN reads them, and what lies between the
+products is compiled (`kernels`): a step takes two fifths (1 row), half (8) to two thirds (32 rows)
+of the time of transformers' modules with the adapters around them (bfloat16, SmolLM2-135M). The
+numbers are the same up to rounding. Prompts are read by the same layers.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 
+from tinker_local.engine import kernels
+from tinker_local.engine.kernels import array_of
 from tinker_local.engine.lora import Adapter, LoraLinear
 
 _linear = torch.ops.mkldnn._linear_pointwise
+
+Array = np.ndarray[Any, Any]
 
 _SERVED = frozenset(f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3"))
 """Architectures of exactly the layers computed here."""
@@ -32,6 +36,7 @@ def can_decode(causal_lm: Any, device: torch.device) -> bool:
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and type(causal_lm).__name__ in _SERVED
         and getattr(causal_lm.config, "sliding_window", None) is None
+        and causal_lm.config.hidden_act == "silu"
     )
 
 
@@ -48,17 +53,16 @@ class Rows(Protocol):
         """See `next_tokens.NextTokens.attend_rows`."""
 
 
-@dataclass(frozen=True)
 class _LowRank:
-    """The low-rank products of a `_Joined`, as one: scale * B (A x).
+    """The low-rank products of a `_Joined`: scale * B A x of each layer."""
 
-    Attributes:
-        a: (ranks together, in), packed.
-        b: (out, ranks together), packed; each layer's B stands beside its own rows of A.
-    """
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, sizes: Sequence[int]) -> None:
+        """Take what `kernels.add_low_rank` does, as tensors; `b` has the scale in it."""
+        self._arrays = (array_of(a), array_of(b), np.array(sizes))
 
-    a: torch.Tensor
-    b: torch.Tensor
+    def add(self, x: torch.Tensor, output: torch.Tensor) -> None:
+        """Add the products of x (R, in) to `output` (R, out), in place."""
+        kernels.add_low_rank(array_of(x.contiguous()), *self._arrays, array_of(output))
 
 
 class _Joined:
@@ -75,43 +79,53 @@ class _Joined:
     ) -> torch.Tensor:
         """(R, in) to (R, out); `added` (R, out) is added to it."""
         output = _product(x, self._weight, self._bias, added)
-        if low_rank is None:
-            return output
-        return _product(_product(x, low_rank.a), low_rank.b, added=output)
+        if low_rank is not None:
+            low_rank.add(x, output)
+        return output
 
     def low_rank(self, adapter: Adapter, paths: Mapping[int, str]) -> _LowRank | None:
         """An adapter's part; None if it leaves these layers alone."""
         found = [adapter.factors.get(paths.get(id(layer), "")) for layer in self.layers]
-        present = [factors for factors in found if factors is not None]
-        if not present:
+        if not any(found):
             return None
+        rank, dtype = adapter.spec.rank, self.layers[0].weight.dtype
         sizes = [layer.base.out_features for layer in self.layers]
-        ranks = sum(len(factors.a) for factors in present)
-        b = present[0].b.new_zeros(sum(sizes), ranks)
-        row = column = 0
-        for factors, size in zip(found, sizes, strict=True):
+        a = torch.zeros(len(found) * rank, self.layers[0].base.in_features, dtype=dtype)
+        b = torch.zeros(rank, sum(sizes), dtype=dtype)
+        start = 0
+        for index, (factors, size) in enumerate(zip(found, sizes, strict=True)):
             if factors is not None:
-                rank = len(factors.a)
-                b[row : row + size, column : column + rank] = factors.b * adapter.scale
-                column += rank
-            row += size
-        dtype = self.layers[0].weight.dtype
-        a = torch.cat([factors.a for factors in present])
-        return _LowRank(_packed(a.to(dtype)), _packed(b.to(dtype)))
+                a[index * rank : (index + 1) * rank] = factors.a.detach()
+                b[:, start : start + size] = (factors.b.detach() * adapter.scale).t()
+            start += size
+        return _LowRank(a, b, sizes)
+
+
+class _RmsNorm:
+    """A normalisation's weight and epsilon, as `kernels` take them."""
+
+    def __init__(self, norm: Any) -> None:
+        self.weight = norm.weight.detach().float().numpy()
+        self.eps = np.float32(norm.variance_epsilon)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(R, H) to the same."""
+        output = torch.empty_like(x)
+        kernels.rms_norm(array_of(x), self.weight, self.eps, array_of(output))
+        return output
 
 
 @dataclass(frozen=True)
 class _Layer:
     """A transformer layer. The normalisations of queries and keys are Qwen3's alone."""
 
-    attention_norm: Callable[[torch.Tensor], torch.Tensor]
+    attention_norm: _RmsNorm
     qkv: _Joined
-    q_norm: Callable[[torch.Tensor], torch.Tensor] | None
-    k_norm: Callable[[torch.Tensor], torch.Tensor] | None
+    q_norm: _RmsNorm | None
+    k_norm: _RmsNorm | None
     output: _Joined
-    mlp_norm: Callable[[torch.Tensor], torch.Tensor]
+    mlp_norm: _RmsNorm
     gate_up: _Joined
-    activation: Callable[[torch.Tensor], torch.Tensor]
     down: _Joined
     scale: float
 
@@ -128,7 +142,7 @@ class Decoder:
         self.embed = decoder.embed_tokens
         self.rotary = decoder.rotary_emb
         self.layers = [_layer(layer) for layer in decoder.layers]
-        self.norm = _rms_norm(decoder.norm)
+        self.norm = _RmsNorm(decoder.norm)
         self.head = _Joined([head])
         attention = decoder.layers[0].self_attn
         self.width = attention.head_dim
@@ -137,7 +151,7 @@ class Decoder:
         self._paths = {id(layer): path for path, layer in layers.items()}
 
     def adapted(self, adapter: Adapter | None) -> AdaptedDecoder:
-        """This model under an adapter, whose factors are joined and packed: a copy of them."""
+        """This model under an adapter, whose factors are joined: a copy of them."""
 
         def low_rank(joined: _Joined) -> _LowRank | None:
             return joined.low_rank(adapter, self._paths) if adapter else None
@@ -166,7 +180,7 @@ class AdaptedDecoder:
         """Last hidden states (R, H) of tokens (R,) laid out by `layout`."""
         hidden = self._decoder.embed(tokens)  # (R, H)
         cos, sin = self._decoder.rotary(hidden, layout.positions.unsqueeze(0))  # (1, R, D) each
-        turn = _Turn(cos[0], sin[0], self._decoder.heads, self._decoder.key_heads)
+        turn = (array_of(cos[0]), array_of(sin[0]))
         for index in range(len(self._low_ranks)):
             hidden = self._after(index, hidden, turn, layout)
         return self._decoder.norm(hidden)
@@ -175,73 +189,45 @@ class AdaptedDecoder:
         """Scores (R, vocabulary) of the next token, float32, from hidden states (R, H)."""
         return self._decoder.head(hidden, self._head_low_rank).float()
 
-    def _after(self, index: int, hidden: torch.Tensor, turn: _Turn, layout: Rows) -> torch.Tensor:
-        """Hidden states (R, H) after one layer."""
+    def _after(
+        self, index: int, hidden: torch.Tensor, turn: tuple[Array, Array], layout: Rows
+    ) -> torch.Tensor:
+        """Hidden states (R, H) after one layer; `turn` is what `kernels.turn` takes."""
         layer, low_ranks = self._decoder.layers[index], self._low_ranks[index]
-        key_heads, width = self._decoder.key_heads, self._decoder.width
         heads = layer.qkv(layer.attention_norm(hidden), low_ranks[0])
-        heads = heads.view(len(hidden), -1, width)  # (R, heads + 2 * key-value heads, D)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            sizes = [self._decoder.heads, key_heads, key_heads]
-            q, k, v = torch.split(heads, sizes, dim=1)
-            heads = torch.cat([layer.q_norm(q), layer.k_norm(k), v], dim=1)
-        seen = layout.attend_rows(index, turn(heads), key_heads, layer.scale)
+        heads = heads.view(len(hidden), -1, self._decoder.width)
+        self._prepare(array_of(heads), layer, turn)
+        seen = layout.attend_rows(index, heads, self._decoder.key_heads, layer.scale)
         hidden = layer.output(seen.flatten(1), low_ranks[1], hidden)
-        gate, up = layer.gate_up(layer.mlp_norm(hidden), low_ranks[2]).chunk(2, dim=1)
-        return layer.down(layer.activation(gate).mul_(up), low_ranks[3], hidden)
+        gate_up = layer.gate_up(layer.mlp_norm(hidden), low_ranks[2])  # (R, 2 * I)
+        product = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        kernels.silu_product(array_of(gate_up), array_of(product))
+        return layer.down(product, low_ranks[3], hidden)
 
-
-class _Turn:
-    """Rotary position embedding of one token a row (Su 2021, RoFormer, in transformers' form)."""
-
-    def __init__(self, cos: torch.Tensor, sin: torch.Tensor, heads: int, key_heads: int) -> None:
-        """Take (R, D) each; values are turned by nothing, so that all heads are one tensor."""
-        rows, width = cos.shape
-        self._half = width // 2
-        shape = (rows, heads + 2 * key_heads, width)
-        self._cos, self._sin = cos.new_ones(shape), cos.new_zeros(shape)
-        self._cos[:, :-key_heads] = cos.unsqueeze(1)
-        self._sin[:, :-key_heads, : self._half] = -sin[:, None, : self._half]
-        self._sin[:, :-key_heads, self._half :] = sin[:, None, self._half :]
-
-    def __call__(self, heads: torch.Tensor) -> torch.Tensor:
-        # Rounded after each step, as in training: in one step, sampler and training forward were
-        # half as far again from each other.
-        return (heads * self._cos).add_(heads.roll(self._half, -1).mul_(self._sin))
+    def _prepare(self, heads: Array, layer: _Layer, turn: tuple[Array, Array]) -> None:
+        """Normalise where Qwen3 does, and turn, queries and keys of (R, heads, D), in place."""
+        queries = self._decoder.heads
+        end = queries + self._decoder.key_heads
+        if layer.q_norm is not None and layer.k_norm is not None:
+            kernels.rms_norm_heads(heads, 0, queries, layer.q_norm.weight, layer.q_norm.eps)
+            kernels.rms_norm_heads(heads, queries, end, layer.k_norm.weight, layer.k_norm.eps)
+        kernels.turn(heads, *turn, end)
 
 
 def _layer(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     return _Layer(
-        attention_norm=_rms_norm(layer.input_layernorm),
+        attention_norm=_RmsNorm(layer.input_layernorm),
         qkv=_Joined([attention.q_proj, attention.k_proj, attention.v_proj]),
-        q_norm=q_norm and _rms_norm(q_norm),
-        k_norm=k_norm and _rms_norm(k_norm),
+        q_norm=q_norm and _RmsNorm(q_norm),
+        k_norm=k_norm and _RmsNorm(k_norm),
         output=_Joined([attention.o_proj]),
-        mlp_norm=_rms_norm(layer.post_attention_layernorm),
+        mlp_norm=_RmsNorm(layer.post_attention_layernorm),
         gate_up=_Joined([mlp.gate_proj, mlp.up_proj]),
-        activation=mlp.act_fn,
         down=_Joined([mlp.down_proj]),
         scale=attention.scaling,
     )
-
-
-def _rms_norm(norm: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """x / sqrt(mean(x^2) + eps) * weight, in float32.
-
-    From the vector's norm, sqrt(sum(x^2)), it takes 6 calls; functional.rms_norm makes 9.
-    """
-    size, dtype = norm.weight.numel(), norm.weight.dtype
-    weight = norm.weight.float() * math.sqrt(size)
-    eps = torch.tensor(math.sqrt(size * norm.variance_epsilon))
-
-    def normalized(x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        length: torch.Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        return (wide / length.hypot_(eps)).mul_(weight).to(dtype)
-
-    return normalized
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor:

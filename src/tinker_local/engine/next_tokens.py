@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional
+
+from tinker_local.engine import kernels
+from tinker_local.engine.kernels import array_of
 
 LayerState = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, (key-value heads, T, D) each."""
 
 
-@dataclass(frozen=True)
-class SharedPrompt:
-    """Keys and values, by layer, that precede what each of these rows holds."""
+class NextTokens(ABC):
+    """A row of R tokens, each the next one of a sequence whose keys and values are kept."""
 
-    rows: slice
-    layers: Sequence[LayerState]
-
-    @property
-    def tokens(self) -> int:
-        return self.layers[0][0].shape[1]
-
-
-class NextTokens:
-    """A row of R tokens, each the next one of a sequence whose keys and values are kept.
-
-    On a CPU the scores of the shared prompts, P tokens at most, stand before those of what each
-    row holds by itself, T tokens at most, and one softmax is over both.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[torch.Tensor],
-        lengths: Sequence[int],
-        shared: Sequence[SharedPrompt],
-        device: torch.device,
-    ) -> None:
-        """Lay out rows that hold `lengths` tokens by themselves, in buffers as in the cache."""
+    def __init__(self, layers: Sequence[torch.Tensor], positions: torch.Tensor) -> None:
+        """Take the cache's buffers, and each token's place in its sequence, (R,), int64."""
         self._layers = layers
-        self._shared = shared
-        self._rows = torch.arange(len(lengths), device=device)
-        self._own = torch.tensor(lengths, device=device)  # place of the new token in its row
-        self._same = lengths[0] if min(lengths) == max(lengths) else None
-        self._seen = max(lengths) + 1
-        before = self._own.clone()
-        for prompt in shared:
-            before[prompt.rows] += prompt.tokens
-        self._positions = before
-        self._most_shared = max((prompt.tokens for prompt in shared), default=0)
-        self._bias: torch.Tensor | None = None
+        self._positions = positions
 
     @property
     def positions(self) -> torch.Tensor:
@@ -61,8 +34,10 @@ class NextTokens:
     ) -> torch.Tensor:
         """See `attention.Layout`; keeps the new keys and values."""
         heads = torch.cat([q, k, v], dim=1)[0].transpose(0, 1)  # (R, heads and 2 * K, D)
-        return self.attend_rows(layer, heads, k.shape[1], scale).transpose(0, 1).unsqueeze(0)
+        seen = self.attend_rows(layer, heads.contiguous(), k.shape[1], scale)
+        return seen.transpose(0, 1).unsqueeze(0)
 
+    @abstractmethod
     def attend_rows(
         self, layer: int, heads: torch.Tensor, key_heads: int, scale: float
     ) -> torch.Tensor:
@@ -71,76 +46,81 @@ class NextTokens:
         Args:
             layer: Its index, 0 for the first.
             heads: Queries, keys (both rotated) and values of each row, end to end,
-                (R, heads + 2 * key-value heads, D).
+                (R, heads + 2 * key-value heads, D), contiguous.
             key_heads: How many key-value heads there are.
             scale: What the scores are multiplied by.
 
         Returns:
             (R, heads, D).
         """
-        own = self._keep(layer, heads[:, -2 * key_heads :])  # (2, R, K, T, D)
+
+
+class OnGpu(NextTokens):
+    """Rows that each hold all of their sequence, padded to the longest."""
+
+    def __init__(
+        self, layers: Sequence[torch.Tensor], lengths: Sequence[int], device: torch.device
+    ) -> None:
+        """Lay out rows that hold `lengths` tokens, in buffers as in the cache."""
+        self._own = torch.tensor(lengths, device=device)  # place of the new token in its row
+        super().__init__(layers, self._own)
+        self._rows = torch.arange(len(lengths), device=device)
+        self._seen = max(lengths) + 1
+        places = torch.arange(self._seen, device=device)
+        later = (places > self._own.unsqueeze(1))[:, None, None]  # (R, 1, 1, T)
+        self._mask = torch.zeros_like(later, dtype=layers[0].dtype).masked_fill_(later, -torch.inf)
+
+    def attend_rows(
+        self, layer: int, heads: torch.Tensor, key_heads: int, scale: float
+    ) -> torch.Tensor:
+        buffer, count = self._layers[layer], len(heads)
+        new = heads[:, -2 * key_heads :].reshape(count, 2, key_heads, -1)
+        buffer[:, self._rows, :, self._own] = new.to(buffer.dtype)
+        keys, values = buffer[:, :count, :, : self._seen]  # (R, K, T, D) each
         queries = heads[:, : -2 * key_heads]
         # The query heads that share a key-value head stand where other tokens' queries would.
-        grouped = (len(heads), key_heads, -1, heads.shape[2])
-        if heads.device.type == "cpu":
-            scaled = queries * torch.tensor([scale], dtype=own.dtype)  # one call for both changes
-            output = self._on_cpu(layer, scaled.reshape(grouped), own)
-            return output.view(queries.shape).to(heads.dtype)
+        grouped = queries.reshape(count, key_heads, -1, heads.shape[2])
         output = functional.scaled_dot_product_attention(
-            queries.reshape(grouped), own[0], own[1], attn_mask=self._mask(own), scale=scale
+            grouped, keys, values, attn_mask=self._mask, scale=scale
         )
         return output.reshape(queries.shape)
 
-    def _keep(self, layer: int, new: torch.Tensor) -> torch.Tensor:
-        """Write keys and values (R, 2 * K, D) of the new tokens; all that rows hold themselves."""
-        buffer = self._layers[layer]
-        count, key_heads = len(new), buffer.shape[2]
-        new = new.reshape(count, 2, key_heads, -1)  # (R, 2, K, D)
-        if self._same is None:
-            buffer[:, self._rows, :, self._own] = new.to(buffer.dtype)
-        else:  # a slice is written in a fifth of the time
-            buffer[:, :count, :, self._same] = new.transpose(0, 1)
-        return buffer[:, :count, :, : self._seen]
 
-    def _mask(self, own: torch.Tensor) -> torch.Tensor:
-        """What is added to the scores of each row's own tokens, (R, 1, 1, T): 0, or -infinity."""
-        if self._bias is None:
-            places = torch.arange(self._seen, device=own.device)
-            later = (places > self._own.unsqueeze(1))[:, None, None]
-            bias = torch.zeros_like(later, dtype=own.dtype)
-            self._bias = bias.masked_fill_(later, -torch.inf)
-        return self._bias
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring rows, and what precedes all that they hold.
 
-    def _on_cpu(self, layer: int, q: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Attention of scaled queries (R, K, G, D) to own keys and values, and to the shared."""
-        count, key_heads, groups, width = q.shape
-        keys, values = own.flatten(1, 2)  # (R * K, T, D) each
-        scores = torch.bmm(q.reshape(-1, groups, width), keys.transpose(1, 2))
-        scores = scores.view(count, key_heads, groups, -1)
-        if self._same is None:
-            scores += self._mask(own)
-        if self._shared:
-            scores = torch.cat([self._shared_scores(layer, q), scores], dim=-1)
-        p = scores.softmax(-1)  # (R, K, G, P + T)
-        p_own = p[..., self._most_shared :].flatten(0, 1)  # (R * K, G, T)
-        output = torch.bmm(p_own, values).view(q.shape)
-        for prompt in self._shared:
-            some = p[prompt.rows, ..., : prompt.tokens].transpose(0, 1).flatten(1, 2)
-            seen = torch.bmm(some, prompt.layers[layer][1])  # (K, rows * G, D)
-            output[prompt.rows] += seen.view(key_heads, -1, groups, width).transpose(0, 1)
+    Attributes:
+        prompt: Keys and values by layer, (2, key-value heads, P, D) each; P may be 0.
+    """
+
+    rows: slice
+    prompt: Sequence[torch.Tensor]
+
+
+class OnCpu(NextTokens):
+    """Rows that hold their sequence, or what is beyond the prompt of their block."""
+
+    def __init__(
+        self, layers: Sequence[torch.Tensor], lengths: Sequence[int], blocks: Sequence[Block]
+    ) -> None:
+        """Lay out rows that hold `lengths` tokens by themselves, in buffers as in the cache."""
+        self._places = np.array(lengths)  # of the new tokens in their rows
+        positions = self._places.copy()
+        for block in blocks:
+            positions[block.rows] += block.prompt[0].shape[2]
+        super().__init__(layers, torch.from_numpy(positions))
+        self._blocks = blocks
+
+    def attend_rows(
+        self, layer: int, heads: torch.Tensor, key_heads: int, scale: float
+    ) -> torch.Tensor:
+        output = heads.new_empty(len(heads), heads.shape[1] - 2 * key_heads, heads.shape[2])
+        new, kept, seen = (array_of(tensor) for tensor in (heads, self._layers[layer], output))
+        for block in self._blocks:
+            rows, prompt = block.rows, array_of(block.prompt[layer])
+            places = self._places[rows]
+            kernels.attend(
+                new[rows], kept, rows.start, places, prompt, np.float32(scale), seen[rows]
+            )
         return output
-
-    def _shared_scores(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        """Scores (R, K, G, P) of the shared prompts, minus infinity beyond a row's own."""
-        count, key_heads, groups, width = q.shape
-        scores = q.new_empty(0)
-        for prompt in self._shared:
-            some = q[prompt.rows].transpose(0, 1).reshape(key_heads, -1, width)
-            found = torch.bmm(some, prompt.layers[layer][0].transpose(1, 2))
-            found = found.view(key_heads, -1, groups, prompt.tokens).transpose(0, 1)
-            if len(found) == count:
-                return found
-            if not scores.numel():
-                scores = q.new_full((count, key_heads, groups, self._most_shared), -torch.inf)
-            scores[prompt.rows, ..., : prompt.tokens] = found
-        return scores

@@ -13,7 +13,7 @@ from torch.nn import functional
 from tinker_local.engine import cache, sampler
 from tinker_local.engine.base_model import BaseModel
 from tinker_local.engine.cache import KeyValueCache
-from tinker_local.engine.next_tokens import LayerState
+from tinker_local.engine.next_tokens import Block, LayerState, OnCpu, OnGpu
 from tinker_local.engine.sampler import Sampler
 from tinker_local.ops import BaseWeights, Sample, SampledSequence, SampleOutput
 from tiny_data import TINY, tokens_of
@@ -103,6 +103,24 @@ def test_rows_that_leave_and_join_do_not_disturb_the_others(leaving: int) -> Non
     while len(rows.held) > 1:
         rows.remove(len(rows.held) // 2)
         rows.step()
+
+
+@pytest.mark.parametrize("sizes", HEADS.values(), ids=HEADS.keys())
+def test_the_layout_of_a_gpu_attends_as_that_of_a_cpu(sizes: tuple[int, int]) -> None:
+    heads, key_heads = sizes
+    lengths = [3, 0, 9, 3]
+    generator = torch.Generator().manual_seed(0)
+    buffer = torch.randn(2, 8, key_heads, 16, WIDTH, generator=generator)
+    new = torch.randn(len(lengths), heads + 2 * key_heads, WIDTH, generator=generator)
+    nothing = [torch.empty(2, key_heads, 0, WIDTH)]
+    on_gpu = OnGpu([buffer.clone()], lengths, CPU)  # torch's operators: they run anywhere
+    on_cpu = OnCpu([buffer.clone()], lengths, [Block(slice(0, len(lengths)), nothing)])
+
+    ours, theirs = (layout.attend_rows(0, new, key_heads, SCALE) for layout in (on_cpu, on_gpu))
+
+    assert on_gpu.positions.tolist() == on_cpu.positions.tolist() == lengths
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    assert torch.equal(on_gpu._layers[0], on_cpu._layers[0])
 
 
 def test_a_prompt_is_kept_once_from_256_saved_tokens_on() -> None:
