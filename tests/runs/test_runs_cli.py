@@ -64,15 +64,18 @@ def test_every_command_has_help(command: str) -> None:
     assert len(result.output.splitlines()) <= 30
 
 
+@pytest.mark.parametrize("stored", [[], ["sft-1"]], ids=["without a store", "with a store"])
 @pytest.mark.parametrize("command", COMMANDS[1:])
-def test_a_run_that_does_not_exist_is_a_sentence(command: str, tmp_path: Path) -> None:
-    for _ in range(2):  # without and with a store
-        result = say(command, "sft-9")
-        assert result.exit_code == 1
-        assert result.stdout == ""
-        assert result.stderr.startswith("Error: No run 'sft-9'; ")
-        assert len(result.stderr.splitlines()) == 1
-        StoredRun(tmp_path, f"sft-{time.monotonic_ns()}")
+def test_a_run_that_does_not_exist_is_a_sentence(
+    command: str, stored: list[str], tmp_path: Path
+) -> None:
+    for run_id in stored:
+        StoredRun(tmp_path, run_id)
+    result = say(command, "sft-9")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: No run 'sft-9'; ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_no_runs_yet_is_no_error_and_makes_no_store(tmp_path: Path) -> None:
