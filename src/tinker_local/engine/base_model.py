@@ -13,10 +13,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tinker_local.engine import attention, lora
-from tinker_local.engine.attention import Layout, PackedSequences
+from tinker_local.engine.attention import Layout
 from tinker_local.engine.cache import kept_dtype
 from tinker_local.engine.decoding import Decoder, can_decode
+from tinker_local.engine.fused import FusedModel
+from tinker_local.engine.layers import Layers, is_known
 from tinker_local.engine.lora import Adapter, LoraLinear, wrap
+from tinker_local.engine.packed import PackedSequences
 from tinker_local.errors import ModelFolderError, NotServedError
 from tinker_local.ops import BaseModelInfo, Image, Tokens
 
@@ -102,7 +105,11 @@ class LanguageModel:
 
 
 class BaseModel(LanguageModel):
-    """A causal language model from a Hugging Face folder, ready to be adapted."""
+    """A causal language model from a Hugging Face folder, ready to be adapted.
+
+    Attributes:
+        fused: Its forward pass in larger steps; None where transformers' modules are needed.
+    """
 
     def __init__(self, info: BaseModelInfo, dtype: torch.dtype, device: torch.device) -> None:
         """Load it.
@@ -117,6 +124,9 @@ class BaseModel(LanguageModel):
         expected = self._own_logits()
         module.config._attn_implementation = attention.NAME
         self._make_adaptable()
+        is_fused = device.type == "cpu" and is_known(module)
+        self._joined = Layers(module) if is_fused else None
+        self.fused = FusedModel(self._joined) if self._joined else None
         self._check_logits(expected)
 
     def laid_out(
@@ -163,12 +173,14 @@ class BaseModel(LanguageModel):
     @cached_property
     def decoder(self) -> Decoder | None:
         """A faster forward pass without gradients; None where this model has none."""
-        if not can_decode(self._causal_lm, self.device):
+        if self._joined is None or not can_decode():
             return None
-        return Decoder(self._causal_lm, self.layers, self.head)
+        return Decoder(self._joined, self.head, self.layers)
 
     def hidden_states(self, tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Last hidden states (T, H) of a row of token ids (T,) laid out by `layout`."""
+        if self.fused is not None:
+            return self.fused.hidden_states(tokens, layout)
         output = self._causal_lm.get_decoder()(
             input_ids=tokens.unsqueeze(0),
             position_ids=layout.positions.unsqueeze(0),

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from tinker_local.engine import batches
-from tinker_local.engine.attention import PackedSequences
 from tinker_local.engine.base_model import LanguageModel
 from tinker_local.engine.batches import Batch
 from tinker_local.engine.head import target_logprobs
@@ -21,6 +20,7 @@ from tinker_local.engine.loss_checks import (
     complete_config,
     loss_spec,
 )
+from tinker_local.engine.packed import PackedSequences
 from tinker_local.engine.vision import AnyModel, VisionModel
 from tinker_local.errors import UserInputError
 from tinker_local.ops import ForwardBackward, LossOutput, Slices, Tokens, TrainingDatum

@@ -29,6 +29,8 @@ _FASTMATH = {"reassoc", "contract", "nsz"}
 
 _ROWS_AT_ONCE = 32  # of prompts: what they make stays in the cache
 
+_LANES = 64
+
 _LOG2_E = np.float32(1 / math.log(2))
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # their sum is ln 2
 
@@ -135,6 +137,51 @@ def rms_norm_heads(heads: Any, first: Any, end: Any, weight: Any, eps: Any) -> N
 
 
 @_compiled
+def rms_norm_gradient(x: Any, weight: Any, eps: Any, gradient: Any, out: Any) -> None:
+    """Add the gradient of x, from that of `rms_norm`'s output, to `out`.
+
+    With r = 1 / sqrt(mean(x^2) + eps) and g the gradient times the weight, it is
+    r * (g - x * r^2 * mean(g * x)).
+
+    Args:
+        x: (R, H).
+        weight: (H,), float32.
+        eps: float32.
+        gradient: Like x.
+        out: Like x, added to.
+    """
+    for row in range(len(x)):
+        _normalize_back(x[row], weight, eps, gradient[row], out[row])
+
+
+@_compiled
+def _normalize_back(x: Any, weight: Any, eps: Any, gradient: Any, out: Any) -> None:
+    squares = products = np.float32(0)
+    for i in range(len(x)):
+        number = _wide(x[i])
+        squares += number * number
+        products += _wide(gradient[i]) * weight[i] * number
+    scale = np.float32(1) / np.float32(math.sqrt(squares / np.float32(len(x)) + eps))
+    share = products / np.float32(len(x)) * scale * scale
+    for i in range(len(x)):
+        own = scale * (_wide(gradient[i]) * weight[i] - _wide(x[i]) * share)
+        out[i] = _stored(_wide(out[i]) + own, out)
+
+
+@_compiled
+def rms_norm_heads_gradient(
+    heads: Any, gradient: Any, first: Any, end: Any, weight: Any, eps: Any
+) -> None:
+    """Replace the gradient of what `rms_norm_heads` made by that of `heads`, (R, heads, D)."""
+    given = np.empty(heads.shape[2], heads.dtype)
+    for row in range(len(heads)):
+        for head in range(first, end):
+            given[:] = gradient[row, head]
+            gradient[row, head, :] = 0
+            _normalize_back(heads[row, head], weight, eps, given, gradient[row, head])
+
+
+@_compiled
 def turn(heads: Any, cos: Any, sin: Any, count: Any) -> None:
     """Rotary position embedding, in place (Su 2021, RoFormer, in transformers' form).
 
@@ -177,6 +224,64 @@ def silu_product(gate_up: Any, out: Any) -> None:
             gate = _wide(gates[i])
             opened = _wide(_stored(gate / (np.float32(1) + _exp(-gate)), out))
             products[i] = _stored(opened * _wide(ups[i]), out)
+
+
+@_compiled
+def silu_product_gradient(gate_up: Any, gradient: Any, out: Any) -> None:
+    """The gradient of `silu_product`'s input, from that of its output.
+
+    With s = 1 / (1 + e^-gate) it is gradient * up * s * (1 + gate * (1 - s)), and
+    gradient * gate * s.
+
+    Args:
+        gate_up: (R, 2 * I), the gates first.
+        gradient: (R, I).
+        out: Like gate_up.
+    """
+    rows, size = gradient.shape
+    for row in range(rows):
+        gates, ups, given = gate_up[row, :size], gate_up[row, size:], gradient[row]
+        gate_out, up_out = out[row, :size], out[row, size:]
+        for i in range(size):
+            gate, up, g = _wide(gates[i]), _wide(ups[i]), _wide(given[i])
+            s = np.float32(1) / (np.float32(1) + _exp(-gate))
+            gate_out[i] = _stored(g * up * s * (np.float32(1) + gate * (np.float32(1) - s)), out)
+            up_out[i] = _stored(g * gate * s, out)
+
+
+@_compiled
+def log_sum_exp(rows: Any, out: Any) -> None:
+    """ln(sum(e^x)) of each row of (R, N), into (R,), float32."""
+    for row in range(len(rows)):
+        x = rows[row]
+        most = _greatest(x)
+        total = np.float32(0)
+        for i in range(len(x)):
+            total += _exp(_wide(x[i]) - most)
+        out[row] = most + np.float32(math.log(total))
+
+
+@_compiled
+def _greatest(x: Any) -> Any:
+    """Of a row, by lanes: one maximum of all is not vectorized while NaN may occur."""
+    lanes = np.full(_LANES, -np.inf, np.float32)
+    whole = len(x) - len(x) % _LANES
+    for start in range(0, whole, _LANES):
+        some = x[start : start + _LANES]
+        for i in range(_LANES):
+            lanes[i] = max(lanes[i], _wide(some[i]))
+    for i in range(whole, len(x)):
+        lanes[0] = max(lanes[0], _wide(x[i]))
+    return lanes.max()
+
+
+@_compiled
+def weigh_probabilities(rows: Any, log_total: Any, weight: Any) -> None:
+    """Replace each row x of (R, N) by weight * e^(x - log_total), in place; (R,) each, float32."""
+    for row in range(len(rows)):
+        x, total, w = rows[row], log_total[row], weight[row]
+        for i in range(len(x)):
+            x[i] = _stored(w * _exp(_wide(x[i]) - total), x)
 
 
 @_compiled

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,13 +10,14 @@ import torch
 from torch.nn import functional
 
 from tinker_local.engine import kernels
+from tinker_local.engine.attention import Layout
 from tinker_local.engine.kernels import array_of
 
 LayerState = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, (key-value heads, T, D) each."""
 
 
-class NextTokens(ABC):
+class NextTokens(Layout):
     """A row of R tokens, each the next one of a sequence whose keys and values are kept."""
 
     def __init__(self, layers: Sequence[torch.Tensor], positions: torch.Tensor) -> None:
@@ -28,31 +28,6 @@ class NextTokens(ABC):
     @property
     def positions(self) -> torch.Tensor:
         return self._positions
-
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """See `attention.Layout`; keeps the new keys and values."""
-        heads = torch.cat([q, k, v], dim=1)[0].transpose(0, 1)  # (R, heads and 2 * K, D)
-        seen = self.attend_rows(layer, heads.contiguous(), k.shape[1], scale)
-        return seen.transpose(0, 1).unsqueeze(0)
-
-    @abstractmethod
-    def attend_rows(
-        self, layer: int, heads: torch.Tensor, key_heads: int, scale: float
-    ) -> torch.Tensor:
-        """The same with the rows first.
-
-        Args:
-            layer: Its index, 0 for the first.
-            heads: Queries, keys (both rotated) and values of each row, end to end,
-                (R, heads + 2 * key-value heads, D), contiguous.
-            key_heads: How many key-value heads there are.
-            scale: What the scores are multiplied by.
-
-        Returns:
-            (R, heads, D).
-        """
 
 
 class OnGpu(NextTokens):

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from tinker_local.engine import batches
-from tinker_local.engine.attention import PackedSequences
 from tinker_local.engine.cache import kept_dtype
 from tinker_local.engine.next_tokens import LayerState
+from tinker_local.engine.packed import PackedSequences
 from tinker_local.engine.picking import draw
 from tinker_local.ops import NOT_SCORED, Floats, Sample, Tokens, TokenScores
 
@@ -76,20 +76,13 @@ class _Reading(PackedSequences):
         super().__init__(prefix, lengths, device)
         self.layers: list[LayerState] = []
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        self.layers.append((k[0], v[0]))  # (key-value heads, T, D)
-        return super().attend(layer, q, k, v, scale)
-
     def attend_rows(
         self, layer: int, heads: torch.Tensor, key_heads: int, scale: float
     ) -> torch.Tensor:
-        """See `next_tokens.NextTokens.attend_rows`."""
-        sizes = [heads.shape[1] - 2 * key_heads, key_heads, key_heads]
-        first = heads.transpose(0, 1).unsqueeze(0)
-        q, k, v = torch.split(first, sizes, dim=1)  # (1, heads, T, D) each
-        return self.attend(layer, q, k, v, scale)[0].transpose(0, 1)
+        """See `Layout.attend_rows`."""
+        keys, values = heads[:, -2 * key_heads :].transpose(0, 1).chunk(2)
+        self.layers.append((keys, values))  # (key-value heads, T, D)
+        return super().attend_rows(layer, heads, key_heads, scale)
 
 
 def read(prompts: Sequence[Tokens], model: Forward) -> list[Prompt]:

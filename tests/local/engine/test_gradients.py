@@ -11,8 +11,8 @@ import torch
 from engine_data import plain_logits, plain_logprobs, random_adapter
 
 from tinker_local.engine import batches, checkpoints, gradients, head, lora
-from tinker_local.engine.attention import PackedSequences
 from tinker_local.engine.base_model import BaseModel
+from tinker_local.engine.packed import PackedSequences
 from tinker_local.errors import UserInputError
 from tinker_local.ops import ForwardBackward, LossOutput, TrainingDatum
 from tiny_data import cross_entropy_op, op_datum, run_slices

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tinker_local.engine import lora
-from tinker_local.engine.attention import PackedSequences
 from tinker_local.engine.base_model import BaseModel
+from tinker_local.engine.packed import PackedSequences
 from tinker_local.engine.torch_engine import TorchEngine
 from tinker_local.errors import UserInputError
 from tinker_local.ops import LoraSpec

@@ -12,8 +12,8 @@ import torch
 from engine_data import random_adapter
 
 from tinker_local.engine import growing, lora, sample_checks, sampler
-from tinker_local.engine.attention import PackedSequences
 from tinker_local.engine.base_model import BaseModel
+from tinker_local.engine.packed import PackedSequences
 from tinker_local.errors import UserInputError
 from tinker_local.ops import BaseWeights, Sample, SampledSequence, SampleOutput
 from tiny_data import END, TINY, tokens_of

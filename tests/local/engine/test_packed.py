@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tinker_local.engine.attention import PackedSequences
+from tinker_local.engine.packed import PackedSequences
 
 HEADS, KEY_VALUE_HEADS, WIDTH = 4, 2, 8
 SCALE = 0.3
