@@ -17,8 +17,7 @@ from torch.nn import functional
 
 _QUERIES_AT_ONCE = 128  # of 16 to 256, the fastest block of the backward pass
 
-_SHORT = 128  # queries
-_SCORES_KEPT = 2**18  # a head: 0.5 MB in bfloat16
+_SCORES_KEPT = 2**18  # a head: 0.5 MB in bfloat16, one sequence of 512 tokens
 
 
 def causal(
@@ -41,7 +40,7 @@ def causal(
         (B, heads, S, D).
     """
     if q.device.type == "cpu":  # without gradients too: the same numbers either way
-        is_short = q.shape[2] <= _SHORT and len(q) * q.shape[2] * k.shape[2] <= _SCORES_KEPT
+        is_short = len(q) * q.shape[2] * k.shape[2] <= _SCORES_KEPT
         attend: Any = (_ShortCpuAttention if is_short else _LongCpuAttention).apply
         return cast("torch.Tensor", attend(q, k, v, allowed, scale))
     return functional.scaled_dot_product_attention(

@@ -276,12 +276,33 @@ def _greatest(x: Any) -> Any:
 
 
 @_compiled
-def weigh_probabilities(rows: Any, log_total: Any, weight: Any) -> None:
-    """Replace each row x of (R, N) by weight * e^(x - log_total), in place; (R,) each, float32."""
-    for row in range(len(rows)):
-        x, total, w = rows[row], log_total[row], weight[row]
+def log_softmax_gradient(
+    logits: Any, log_totals: Any, wanted: Any, starts: Any, targets: Any, gradient: Any
+) -> None:
+    """Replace logits by their gradient, from that of the targets' log-probabilities.
+
+    Of a row with targets t and gradients g of theirs: the sum of g at t, less sum(g) * softmax.
+
+    Args:
+        logits: (R, N). Its first W rows are overwritten with the gradients of those wanted.
+        log_totals: ln(sum(e^x)) of each row, (R,), float32.
+        wanted: Rows that have a gradient, ascending, (W,), int64.
+        starts: Where the targets of each of them begin, and the end of the last, (W + 1,), int64.
+        targets: (P,), int64.
+        gradient: (P,), float32.
+    """
+    wide = np.empty(logits.shape[1], np.float32)
+    for place in range(len(wanted)):
+        x, log_total, out = logits[wanted[place]], log_totals[wanted[place]], logits[place]
+        total = np.float32(0)
+        for index in range(starts[place], starts[place + 1]):
+            total += gradient[index]
         for i in range(len(x)):
-            x[i] = _stored(w * _exp(_wide(x[i]) - total), x)
+            wide[i] = -total * _exp(_wide(x[i]) - log_total)
+        for index in range(starts[place], starts[place + 1]):
+            wide[targets[index]] += gradient[index]
+        for i in range(len(x)):
+            out[i] = _stored(wide[i], out)
 
 
 @_compiled

@@ -52,6 +52,16 @@ def _leaves(hidden: torch.Tensor, head: LoraLinear) -> list[torch.Tensor]:
     return [hidden] if head.active is None else [hidden, head.active.a, head.active.b]
 
 
+@pytest.fixture(params=["loops", "operators"])
+def softmax(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head as on a CPU, and as on a GPU: torch's operators run on both."""
+    if request.param == "operators":
+        monkeypatch.setattr(head_module, "_has_loops", lambda _: False)
+
+
+pytestmark = pytest.mark.usefixtures("softmax")
+
+
 @pytest.mark.parametrize("rows_kept", [1024, 4])  # 6 rows: together, and in two pieces
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("adapted", [False, True])
@@ -108,9 +118,10 @@ def test_rows_without_a_gradient_are_left_out_of_the_backward_product(
     seen: list[int] = []
     to_gradient = head_module._to_gradient_
 
-    def counted(logits: torch.Tensor, *others: torch.Tensor) -> None:
-        seen.append(len(logits))
-        to_gradient(logits, *others)
+    def counted(*given: torch.Tensor) -> torch.Tensor:
+        gradient = to_gradient(*given)
+        seen.append(len(gradient))
+        return gradient
 
     monkeypatch.setattr(head_module, "_to_gradient_", counted)
     hidden = _hidden()
