@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +13,27 @@ from torch.func import functional_call
 from tinker_local.engine import lora
 from tinker_local.engine.base_model import BaseModel
 from tinker_local.ops import LoraSpec
+
+SOME = {
+    "all": ("self_attn", "mlp", "lm_head"),
+    "attention alone": ("self_attn",),
+    "mlp alone": ("mlp",),
+    "unembedding alone": ("lm_head",),
+    "queries and values": ("q_proj", "v_proj"),
+    "up alone": ("up_proj",),
+}
+"""Parts of a model that an adapter may touch."""
+
+
+def only(adapter: lora.Adapter, parts: tuple[str, ...]) -> lora.Adapter:
+    """Those of an adapter's factors whose path has one of the parts."""
+    factors = {
+        path: factors
+        for path, factors in adapter.factors.items()
+        if any(part in path.split(".") for part in parts)
+    }
+    assert factors
+    return replace(adapter, factors=factors)
 
 
 def random_adapter(
@@ -23,6 +46,17 @@ def random_adapter(
         for factors in adapter.factors.values():
             factors.b.normal_(0, deviation, generator=generator)
     return adapter
+
+
+@contextmanager
+def by_modules(model: BaseModel) -> Iterator[None]:
+    """Have a model's forward passes computed by transformers' modules with `LoraLinear`."""
+    fused, model.fused = model.fused, None
+    assert fused is not None
+    try:
+        yield
+    finally:
+        model.fused = fused
 
 
 def plain_model(folder: Any, dtype: torch.dtype = torch.float32) -> Any:

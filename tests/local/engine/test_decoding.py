@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from engine_data import random_adapter
+from engine_data import SOME, by_modules, only, random_adapter
 
 from tinker_local.engine import prompts
 from tinker_local.engine.base_model import BaseModel
 from tinker_local.engine.cache import KeyValueCache
 from tinker_local.engine.lora import Adapter
 from tiny_data import tokens_of
-
-SOME = {
-    "all": ("self_attn", "mlp", "lm_head"),
-    "attention alone": ("self_attn",),
-    "mlp alone": ("mlp",),
-    "unembedding alone": ("lm_head",),
-    "queries and values": ("q_proj", "v_proj"),
-    "up alone": ("up_proj",),
-}
-
-
-def _only(adapter: Adapter, parts: tuple[str, ...]) -> Adapter:
-    factors = {
-        path: factors
-        for path, factors in adapter.factors.items()
-        if any(part in path.split(".") for part in parts)
-    }
-    assert factors
-    return replace(adapter, factors=factors)
 
 
 def _both(
@@ -42,7 +21,7 @@ def _both(
     assert model.decoder is not None
     decoder = model.decoder.adapted(adapter)
     ours, theirs = [], []
-    with torch.inference_mode(), model.adapted(adapter):
+    with torch.inference_mode(), model.adapted(adapter), by_modules(model):
         [prompt] = prompts.read([np.array(tokens_of("the cat"))], model)
         caches = [KeyValueCache(), KeyValueCache()]
         for cache in caches:
@@ -61,7 +40,7 @@ def _both(
 def test_a_step_gives_the_logits_of_transformers_modules(
     base_model: BaseModel, parts: tuple[str, ...], rank: int
 ) -> None:
-    adapter = _only(random_adapter(base_model, rank=rank, deviation=0.2), parts)
+    adapter = only(random_adapter(base_model, rank=rank, deviation=0.2), parts)
 
     ours, theirs = _both(base_model, adapter)
 
@@ -84,7 +63,7 @@ def test_prompts_are_read_as_by_transformers_modules(base_model: BaseModel) -> N
     question = tokens_of("Which animal sat on the mat? ")  # long enough to be read once
     texts = [np.array([*question, *tokens_of(end)]) for end in ("the cat", "a dog, or two")]
 
-    with torch.inference_mode(), base_model.adapted(adapter):
+    with torch.inference_mode(), base_model.adapted(adapter), by_modules(base_model):
         ours = prompts.read(texts, base_model.decoder.adapted(adapter))
         theirs = prompts.read(texts, base_model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -87,6 +88,91 @@ def test_silu_product_is_torchs_to_the_ends_of_the_range(dtype: torch.dtype) -> 
 
     gates, ups = gate_up.chunk(2, dim=1)
     _assert_close(output, functional.silu(gates) * ups)
+
+
+@both
+@some_rows
+def test_the_gradient_of_rms_norm_is_autograds(rows: int, dtype: torch.dtype) -> None:
+    x, weight = _random(rows, 24, dtype=dtype), _random(24, seed=1)
+    gradient, added = (_random(rows, 24, dtype=dtype, seed=seed) for seed in (2, 3))
+    leaf = x.float().clone().requires_grad_()
+    (functional.rms_norm(leaf, (24,), eps=1e-5) * weight * gradient.float()).sum().backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None
+    expected = added.float() + leaf.grad
+
+    arrays = (weight.numpy(), np.float32(1e-5), array_of(gradient), array_of(added))
+    kernels.rms_norm_gradient(array_of(x), *arrays)
+
+    _assert_close(added, expected)
+
+
+@both
+def test_the_gradient_of_heads_that_are_normalized_is_autograds(dtype: torch.dtype) -> None:
+    heads, weight = _random(3, 5, 8, dtype=dtype), _random(8, seed=1)
+    gradient = _random(3, 5, 8, dtype=dtype, seed=2)
+    leaf = heads.float().clone().requires_grad_()
+    (functional.rms_norm(leaf, (8,), eps=1e-5) * weight * gradient.float()).sum().backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None
+    expected = gradient.float()
+    expected[:, 1:3] = leaf.grad[:, 1:3]
+
+    arrays = array_of(heads), array_of(gradient)
+    kernels.rms_norm_heads_gradient(*arrays, 1, 3, weight.numpy(), np.float32(1e-5))
+
+    _assert_close(gradient, expected)
+
+
+@both
+def test_the_gradient_of_silu_product_is_autograds(dtype: torch.dtype) -> None:
+    gate = torch.tensor([-1e4, -100.0, -87.5, -20.0, -1.0, 0.0, 1.0, 20.0, 88.5, 100.0, 1e4])
+    gate_up = torch.cat([gate, _random(len(gate))]).to(dtype).unsqueeze(0)
+    gradient = _random(1, len(gate), dtype=dtype, seed=1)
+    leaf = gate_up.float().clone().requires_grad_()
+    gates, ups = leaf.chunk(2, dim=1)
+    (functional.silu(gates) * ups * gradient.float()).sum().backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None
+    output = torch.empty_like(gate_up)
+
+    kernels.silu_product_gradient(array_of(gate_up), array_of(gradient), array_of(output))
+
+    _assert_close(output, leaf.grad)
+
+
+@both
+@pytest.mark.parametrize("columns", [1, 63, 64, 200])  # beside and within the lanes of a maximum
+def test_log_sum_exp_is_torchs(columns: int, dtype: torch.dtype) -> None:
+    x = _random(3, columns, dtype=dtype) * 30
+    output = torch.empty(3)
+
+    kernels.log_sum_exp(array_of(x), array_of(output))
+
+    torch.testing.assert_close(output, x.float().logsumexp(-1))
+
+
+def test_the_log_sum_exp_of_weights_that_diverged_is_not_a_number() -> None:
+    x = torch.full((1, 100), math.nan)
+    output = torch.zeros(1)
+
+    kernels.log_sum_exp(array_of(x), array_of(output))
+
+    assert output.isnan().all()
+
+
+@both
+def test_the_gradient_of_log_softmax_is_autograds(dtype: torch.dtype) -> None:
+    logits = _random(5, 70, dtype=dtype) * 5
+    rows, targets = torch.tensor([1, 3, 3, 3]), torch.tensor([4, 69, 0, 69])
+    gradient = torch.tensor([1.0, -2.0, 0.5, 0.25])
+    leaf = logits.float().clone().requires_grad_()
+    (leaf.log_softmax(-1)[rows, targets] * gradient).sum().backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None
+    wanted, starts = torch.tensor([1, 3]), torch.tensor([0, 1, 4])
+    total = logits.float().logsumexp(-1)
+
+    some = (logits, total, wanted, starts, targets, gradient)
+    kernels.log_softmax_gradient(*(array_of(tensor) for tensor in some))
+
+    _assert_close(logits[:2], leaf.grad[wanted])
 
 
 @both
