@@ -97,14 +97,12 @@ class _LowRank:
         dbs = []
         for outputs, b, some, some_gradient in parts:
             torch.mm(gradient[:, outputs], b, out=some_gradient)
-            dbs.append((gradient[:, outputs].t() @ some).mul_(self._scale).float())
+            dbs.append((some.t() @ gradient[:, outputs]).mul_(self._scale).t().float())
         low_gradient.mul_(self._scale)
         if dx is not None:
             dx.addmm_(low_gradient, self._a)
-        das = self._by_layer(x.t() @ low_gradient)
-        return tuple(
-            matrix for da, db in zip(das, dbs, strict=True) for matrix in (da.t().float(), db)
-        )
+        das = (low_gradient.t() @ x).float().chunk(len(self._bs))
+        return tuple(matrix for da, db in zip(das, dbs, strict=True) for matrix in (da, db))
 
     def _by_layer(self, low: torch.Tensor) -> Sequence[torch.Tensor]:
         return low.chunk(len(self._bs), dim=1)
