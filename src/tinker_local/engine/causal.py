@@ -12,8 +12,12 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.nn import functional
+
+from tinker_local.engine import kernels
+from tinker_local.engine.kernels import array_of
 
 _QUERIES_AT_ONCE = 128  # of 16 to 256, the fastest block of the backward pass
 
@@ -40,12 +44,16 @@ def causal(
         (B, heads, S, D).
     """
     if q.device.type == "cpu":  # without gradients too: the same numbers either way
-        is_short = len(q) * q.shape[2] * k.shape[2] <= _SCORES_KEPT
-        attend: Any = (_ShortCpuAttention if is_short else _LongCpuAttention).apply
-        return cast("torch.Tensor", attend(q, k, v, allowed, scale))
+        if len(q) * q.shape[2] * k.shape[2] <= _SCORES_KEPT:
+            return _applied(_ShortCpuAttention, q, k, v, scale)
+        return _applied(_LongCpuAttention, q, k, v, allowed, scale)
     return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scale, enable_gqa=True
     )
+
+
+def _applied(function: Any, *args: Any) -> torch.Tensor:
+    return cast("torch.Tensor", function.apply(*args))
 
 
 def _bias(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -54,42 +62,35 @@ def _bias(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _ShortCpuAttention(torch.autograd.Function):
-    """`causal` for few queries: the probabilities are kept, (B, heads, S, L).
+    """`causal` where scores are few: the probabilities are kept, (B, heads, S, L).
 
     With P = softmax(scale * q k^T), in float32, O = P v and a gradient G of O, row by row:
-    dv = P^T G, dS = P * (G v^T - sum(G * O)), dq = scale * dS k, dk = scale * dS^T q.
+    dv = P^T G, dP = G v^T, dS = P * (dP - sum(P * dP)), dq = scale * dS k, dk = scale * dS^T q.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        allowed: torch.Tensor | None,
-        scale: float,
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         (batch, _, queries, width), (key_heads, keys) = q.shape, k.shape[1:3]
-        if allowed is None:
-            allowed = torch.ones(queries, keys, dtype=torch.bool).tril()
         rows = q.reshape(batch, key_heads, -1, width)  # (B, K, G * S, D)
         scores = rows.float() @ (k.float() * scale).transpose(-1, -2)
-        scores = scores.view(batch, -1, queries, keys).add_(_bias(allowed, torch.float32))
-        p = scores.softmax(-1).to(q.dtype).view(batch, key_heads, -1, keys)
-        output = p @ v
-        ctx.save_for_backward(rows, k, v, output, p)
+        p = torch.empty_like(scores, dtype=q.dtype)  # (B, K, G * S, L)
+        shape = (-1, queries, keys)
+        kernels.causal_softmax(array_of(scores.view(shape)), array_of(p.view(shape)))
+        ctx.save_for_backward(rows, k, v, p)
         ctx.scale = scale
-        return output.view(q.shape)
+        return (p @ v).view(q.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        rows, k, v, output, p = ctx.saved_tensors
+        rows, k, v, p = ctx.saved_tensors
         some = gradient.reshape(rows.shape)
-        delta = (some.float() * output).sum(-1, keepdim=True)  # (B, K, G * S, 1)
-        dp = (some @ v.transpose(-1, -2)).float()
-        ds = dp.sub_(delta).mul_(p).mul_(ctx.scale).to(p.dtype)
+        ds = some @ v.transpose(-1, -2)  # (B, K, G * S, L)
+        arrays = [array_of(tensor.flatten(0, 1)) for tensor in (p, ds)]
+        kernels.softmax_gradient(*arrays, np.float32(ctx.scale))
         dq, dk = ds @ k, ds.transpose(-1, -2) @ rows
-        return dq.view(gradient.shape), dk, p.transpose(-1, -2) @ some, None, None
+        return dq.view(gradient.shape), dk, p.transpose(-1, -2) @ some, None
 
 
 class _LongCpuAttention(torch.autograd.Function):

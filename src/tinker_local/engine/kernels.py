@@ -29,8 +29,6 @@ _FASTMATH = {"reassoc", "contract", "nsz"}
 
 _ROWS_AT_ONCE = 32  # of prompts: what they make stays in the cache
 
-_LANES = 64
-
 _LOG2_E = np.float32(1 / math.log(2))
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # their sum is ln 2
 
@@ -250,6 +248,24 @@ def silu_product_gradient(gate_up: Any, gradient: Any, out: Any) -> None:
 
 
 @_compiled
+def _greatest(x: Any) -> Any:
+    """The greatest of a row, found among integers that are in the order of the numbers.
+
+    A maximum of floats is not vectorized while NaN may occur; here that is greater than all.
+    """
+    most = np.int32(-(2**31))
+    for i in range(len(x)):
+        most = np.int32(max(most, _in_order(np.float32(_wide(x[i])).view(np.int32))))
+    return np.int32(_in_order(most)).view(np.float32)
+
+
+@_compiled
+def _in_order(bits: Any) -> Any:
+    """Of a float32, an integer in the order of the numbers; of that, the bits again."""
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@_compiled
 def log_sum_exp(rows: Any, out: Any) -> None:
     """ln(sum(e^x)) of each row of (R, N), into (R,), float32."""
     for row in range(len(rows)):
@@ -259,20 +275,6 @@ def log_sum_exp(rows: Any, out: Any) -> None:
         for i in range(len(x)):
             total += _exp(_wide(x[i]) - most)
         out[row] = most + np.float32(math.log(total))
-
-
-@_compiled
-def _greatest(x: Any) -> Any:
-    """Of a row, by lanes: one maximum of all is not vectorized while NaN may occur."""
-    lanes = np.full(_LANES, -np.inf, np.float32)
-    whole = len(x) - len(x) % _LANES
-    for start in range(0, whole, _LANES):
-        some = x[start : start + _LANES]
-        for i in range(_LANES):
-            lanes[i] = max(lanes[i], _wide(some[i]))
-    for i in range(whole, len(x)):
-        lanes[0] = max(lanes[0], _wide(x[i]))
-    return lanes.max()
 
 
 @_compiled
@@ -303,6 +305,49 @@ def log_softmax_gradient(
             wide[targets[index]] += gradient[index]
         for i in range(len(x)):
             out[i] = _stored(wide[i], out)
+
+
+@_compiled
+def causal_softmax(scores: Any, out: Any) -> None:
+    """Softmax over the keys that a query may see: the last ones are the queries' own.
+
+    Args:
+        scores: (heads, S, L), float32.
+        out: Like scores; 0 where a query may not see a key.
+    """
+    heads, queries, keys = scores.shape
+    p = np.empty(keys, np.float32)
+    for head in range(heads):
+        for query in range(queries):
+            x, row = scores[head, query, : keys - queries + query + 1], out[head, query]
+            most, total = _greatest(x), np.float32(0)
+            for i in range(len(x)):
+                p[i] = _exp(x[i] - most)
+                total += p[i]
+            share = np.float32(1) / total
+            for i in range(len(x)):
+                row[i] = _stored(p[i] * share, out)
+            row[len(x) :] = 0
+
+
+@_compiled
+def softmax_gradient(p: Any, gradient: Any, scale: Any) -> None:
+    """Replace the gradient of p = softmax(scale * s) by that of s: scale * p * (g - sum(p * g)).
+
+    Args:
+        p: (heads, S, L).
+        gradient: Like p.
+        scale: float32.
+    """
+    heads, queries, keys = p.shape
+    for head in range(heads):
+        for query in range(queries):
+            x, g = p[head, query], gradient[head, query]
+            product = np.float32(0)
+            for i in range(keys):
+                product += _wide(x[i]) * _wide(g[i])
+            for i in range(keys):
+                g[i] = _stored(scale * _wide(x[i]) * (_wide(g[i]) - product), gradient)
 
 
 @_compiled

@@ -176,6 +176,35 @@ def test_the_gradient_of_log_softmax_is_autograds(dtype: torch.dtype) -> None:
 
 
 @both
+@pytest.mark.parametrize("before", [0, 5])
+def test_causal_softmax_is_that_of_the_keys_which_a_query_may_see(
+    before: int, dtype: torch.dtype
+) -> None:
+    scores = _random(3, 4, before + 4) * 20
+    output = torch.full(scores.shape, math.nan, dtype=dtype)
+
+    kernels.causal_softmax(array_of(scores), array_of(output))
+
+    later = torch.ones(4, before + 4, dtype=torch.bool).triu(before + 1)
+    _assert_close(output, scores.masked_fill(later, -math.inf).softmax(-1))
+
+
+@both
+def test_the_gradient_of_softmax_is_autograds(dtype: torch.dtype) -> None:
+    scores, gradient = _random(3, 4, 9), _random(3, 4, 9, dtype=dtype, seed=1)
+    p = (scores * 0.5).softmax(-1).to(dtype)
+    leaf = p.float().log().div(0.5).requires_grad_()  # of what p is after its rounding
+    ((leaf * 0.5).softmax(-1) * gradient.float()).sum().backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None
+
+    kernels.softmax_gradient(array_of(p), array_of(gradient), np.float32(0.5))
+
+    torch.testing.assert_close(
+        gradient.float(), leaf.grad, atol=torch.finfo(dtype).eps, rtol=2 * torch.finfo(dtype).eps
+    )
+
+
+@both
 @some_rows
 @pytest.mark.parametrize("rank", [1, 4, 7, 32])
 @pytest.mark.parametrize("sizes", [(10,), (12, 5, 5)], ids=["one layer", "three layers"])
