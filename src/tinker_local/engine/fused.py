@@ -80,7 +80,7 @@ class _LowRank:
         gradient: torch.Tensor,
         x: torch.Tensor,
         low: torch.Tensor | None,
-        dx: torch.Tensor | None,
+        dx: torch.Tensor,
     ) -> Gradients:
         """Those of `parameters`, float32; the gradient of x (T, in) is added to `dx`.
 
@@ -100,8 +100,7 @@ class _LowRank:
             torch.mm(gradient[:, outputs], b, out=some_gradient)
             dbs.append((some.t() @ gradient[:, outputs]).mul_(self._scale).t().float())
         low_gradient.mul_(self._scale)
-        if dx is not None:
-            dx.addmm_(low_gradient, self._a)
+        dx.addmm_(low_gradient, self._a)
         das = (low_gradient.t() @ x).float().chunk(len(self._bs))
         return tuple(matrix for da, db in zip(das, dbs, strict=True) for matrix in (da, db))
 
