@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from tinker_local.engine import kernels
+from tinker_local.engine.autograd import applied
 from tinker_local.engine.kernels import array_of
 
 _QUERIES_AT_ONCE = 128  # of 16 to 256, the fastest block of the backward pass
@@ -45,15 +46,11 @@ def causal(
     """
     if q.device.type == "cpu":  # without gradients too: the same numbers either way
         if len(q) * q.shape[2] * k.shape[2] <= _SCORES_KEPT:
-            return _applied(_ShortCpuAttention, q, k, v, scale)
-        return _applied(_LongCpuAttention, q, k, v, allowed, scale)
+            return applied(_ShortCpuAttention, q, k, v, scale)
+        return applied(_LongCpuAttention, q, k, v, allowed, scale)
     return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scale, enable_gqa=True
     )
-
-
-def _applied(function: Any, *args: Any) -> torch.Tensor:
-    return cast("torch.Tensor", function.apply(*args))
 
 
 def _bias(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from tinker_local.engine import kernels
 from tinker_local.engine.attention import Layout
+from tinker_local.engine.autograd import applied
 from tinker_local.engine.kernels import array_of
 from tinker_local.engine.layers import Joined, Layer, Layers
 from tinker_local.engine.lora import Factors
@@ -37,18 +38,18 @@ class FusedModel:
         hidden = self._layers.embed(tokens)  # (T, H)
         cos, sin = self._layers.rotary(hidden, layout.positions.unsqueeze(0))  # (1, T, D) each
         for index, layer in enumerate(self._layers.layers):
-            heads = _applied(_Attended, hidden, layer, cos[0], sin[0], [_LowRank(layer.qkv)])
+            heads = _recorded(_Attended, hidden, layer, cos[0], sin[0], [_LowRank(layer.qkv)])
             seen = layout.attend_rows(index, heads, layer.key_heads, layer.scale).flatten(1)
-            hidden = _applied(_Output, seen, hidden, layer, [_LowRank(layer.output)])
+            hidden = _recorded(_Output, seen, hidden, layer, [_LowRank(layer.output)])
             ranks = [_LowRank(layer.gate_up), _LowRank(layer.down)]
-            hidden = _applied(_Mlp, hidden, layer, ranks)
+            hidden = _recorded(_Mlp, hidden, layer, ranks)
         return cast("torch.Tensor", self._layers.norm(hidden))
 
 
-def _applied(function: Any, *args: Any) -> torch.Tensor:
-    """Apply an autograd function, which sees the factors of its low-rank products as well."""
+def _recorded(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
+    """Apply it so that autograd sees the factors of its low-rank products, the last of `args`."""
     parameters = [matrix for low_rank in args[-1] for matrix in low_rank.parameters]
-    return cast("torch.Tensor", function.apply(*args, *parameters))
+    return applied(function, *args, *parameters)
 
 
 class _LowRank:

@@ -9,13 +9,14 @@ at a time are in float32, and the backward pass leaves out the rows from which n
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from tinker_local.engine import kernels
+from tinker_local.engine.autograd import applied
 from tinker_local.engine.kernels import array_of
 from tinker_local.engine.lora import LoraLinear, adapted_linear, low_rank_gradients
 
@@ -63,11 +64,7 @@ def _score(
 ) -> torch.Tensor:
     """`target_logprobs` for ascending `rows`."""
     a, b = (None, None) if head.active is None else (head.active.a, head.active.b)
-    score: Any = _Score.apply
-    return cast(
-        "torch.Tensor",
-        score(hidden, head.weight, head.base.bias, a, b, head.scale, rows, targets),
-    )
+    return applied(_Score, hidden, head.weight, head.base.bias, a, b, head.scale, rows, targets)
 
 
 class _Score(torch.autograd.Function):

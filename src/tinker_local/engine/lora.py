@@ -15,12 +15,13 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from tinker_local.engine.autograd import applied
 from tinker_local.ops import LoraSpec
 
 LORA_ALPHA = 32  # scale = alpha / rank, as on the hosted service
@@ -70,10 +71,9 @@ class LoraLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features) in the base's number format."""
         if torch.is_grad_enabled() and self.active is not None:
-            train: Any = _AdaptedLinear.apply
             active, base = self.active, self.base
-            trained = train(x, base.weight, base.bias, active.a, active.b, self.scale)
-            return cast("torch.Tensor", trained)
+            factors = (active.a, active.b, self.scale)
+            return applied(_AdaptedLinear, x, base.weight, base.bias, *factors)
         output: torch.Tensor = self.base(x)
         if self.active is not None:
             low = functional.linear(x, self.active.a.to(x.dtype))  # (..., rank)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from tinker_local.engine.attention import Layout
+from tinker_local.engine.autograd import applied
 from tinker_local.engine.causal import causal
 
 
@@ -64,17 +65,13 @@ class PackedSequences(Layout):
         """(T, heads, D) to (B, heads, S, D); padding is zero, and never read."""
         own = heads[self.prefix :]
         if self._places is not None:
-            own = _applied(_Pad, own, self._padded, self._places)
+            own = applied(_Pad, own, self._padded, self._places)
         return own.view(len(self.lengths), -1, *own.shape[1:]).transpose(1, 2)
 
     def _pack(self, padded: torch.Tensor) -> torch.Tensor:
         """(B, heads, S, D) to (T - prefix, heads, D)."""
         own = padded.transpose(1, 2).flatten(0, 1)  # (B * S, heads, D)
-        return own if self._places is None else _applied(_Pack, own, self._padded, self._places)
-
-
-def _applied(function: Any, *args: torch.Tensor) -> torch.Tensor:
-    return cast("torch.Tensor", function.apply(*args))
+        return own if self._places is None else applied(_Pack, own, self._padded, self._places)
 
 
 def _padded(rows: torch.Tensor, padded: torch.Tensor) -> torch.Tensor:
