@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import tinker
 from tinker import types
+from tinker._base_client import AsyncHttpxClientWrapper
 
 from servers import LocalServer, start_server
 from tiny_data import TINY, sdk_datum, tokens_of
@@ -53,6 +57,33 @@ def test_a_closed_session_serves_its_clients_no_more_and_says_so(tiny_server: Lo
         assert "is finished" in answer.json()["detail"]
     with pytest.raises(RuntimeError, match="closed"):
         service.create_lora_training_client(TINY, rank=2)
+
+
+def test_a_closed_session_leaves_no_connection_to_the_garbage_collector(
+    tiny_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SDK forgets two clients a session; open, they would end somebody else's connection."""
+    monkeypatch.setenv("TINKER_TELEMETRY", "1")
+    before = _http_clients()
+    service = _service(tiny_server)
+    service.create_lora_training_client(TINY, rank=2).result(BOUND_S)
+    own = _http_clients() - before
+    assert any(map(_connections, own))
+    service.close("success").result(BOUND_S)
+
+    deadline = time.monotonic() + BOUND_S
+    while any(map(_connections, own | (_http_clients() - before))):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _http_clients() -> set[httpx.AsyncClient]:
+    return {one for one in gc.get_objects() if type(one) is AsyncHttpxClientWrapper}
+
+
+def _connections(client: httpx.AsyncClient) -> list[object]:
+    pool: Any = client._transport
+    return list(pool._pool.connections)
 
 
 def test_a_closed_session_frees_the_disk_of_its_unnamed_samplers(own_server: LocalServer) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -24,6 +27,12 @@ CLIENT_CONFIG = {
     "billing_exception_max_pause_duration_sec": 0,
 }
 
+_LAST: Mapping[str, str] = MappingProxyType({"Connection": "close"})
+"""Of answers to clients that the SDK uses once and forgets open (SDK 0.38, _fetch_client_config,
+and telemetry's last words). The finalizer of one with a connection runs in whatever thread collects
+garbage, and may close a descriptor there that is another connection's by then: that one's answer is
+never read, and the SDK asks again after 45 s."""
+
 
 async def healthz(_: Request) -> Response:
     return JSONResponse({"status": "ok"})
@@ -37,7 +46,7 @@ async def client_config(request: Request) -> Response:
             f"tinker SDK {version or '(unknown)'} speaks an older protocol.",
             "Install tinker>=0.38,<0.39.",
         )
-    return JSONResponse(CLIENT_CONFIG)
+    return JSONResponse(CLIENT_CONFIG, headers=_LAST)
 
 
 async def client_dynamic_config(_: Request) -> Response:
@@ -46,7 +55,7 @@ async def client_dynamic_config(_: Request) -> Response:
 
 async def telemetry(_: Request) -> Response:
     """Accept and forget: nothing is reported anywhere."""
-    return JSONResponse({"status": "accepted"})
+    return JSONResponse({"status": "accepted"}, headers=_LAST)
 
 
 async def get_server_capabilities(request: Request) -> Response:
