@@ -22,12 +22,13 @@
  training/   the domain, on the tinker SDK and the cookbook: data, clients, loops, sampling
  docs/       the manual's pages     prompts/ (in the wheel; at the repository's top)  workflows
  settings.py every environment variable, read once      errors.py  problem + next step
+ garbage.py  the collector, left out of imports and of building many objects
      | the real tinker SDK over HTTP  <- the only door to a backend
  tinker_local (started when it is needed)  or  hosted Tinker, by TINKER_API_KEY
 ```
 
 Direction of imports: cli > demo > server > (runs | scripting) > (training | store) > settings >
-errors; checked by import-linter.
+(errors | garbage); checked by import-linter.
 Heavy packages (tinker, torch, transformers, tinker_cookbook) are imported inside functions, so
 that the server answers `initialize` before any of them is loaded.
 """

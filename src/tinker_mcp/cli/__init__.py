@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
 import structlog
 from click.core import ParameterSource
 
-from tinker_mcp import __version__
+from tinker_mcp import __version__, garbage
 from tinker_mcp.cli.runs import COMMANDS
 from tinker_mcp.errors import InvalidInputError, TinkerMcpError
 from tinker_mcp.settings import LogSettings, Settings
@@ -81,17 +78,6 @@ _backend = click.option(
 )
 
 
-@contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
-    """Leave the garbage collector out, and what is made meanwhile out of its later rounds."""
-    gc.disable()  # loading hundreds of modules makes no garbage; looking for it takes an eighth
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
 @main.command()
 @_backend
 @click.option(
@@ -156,7 +142,7 @@ def serve(
     settings = Settings.from_environment(
         os.environ, backend=backend, roots=roots, toolsets=toolsets, read_only=read_only
     )
-    with _no_collections():
+    with garbage.while_importing():
         import anyio
 
         from tinker_mcp.server import create_server

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from tinker_mcp import garbage
 from tinker_mcp.errors import InvalidInputError
 from tinker_mcp.training import libraries
 from tinker_mcp.training.checks import datum_problem
@@ -167,7 +166,7 @@ def render(
     truncated = lost_tokens = split_texts = 0
     problems: list[Problem] = []
     vocabulary = renderer.vocabulary_size
-    with without_collections():
+    with garbage.while_building():
         for example in examples:
             try:
                 made, cut = _datums_of(example, renderer, train_on_what, max_length, reduction)
@@ -183,22 +182,6 @@ def render(
             lost_tokens += cut
             split_texts += isinstance(example, Text) and len(made) > 1
     return Rendered(datums, truncated, problems, lost_tokens, split_texts)
-
-
-@contextlib.contextmanager
-def without_collections() -> Iterator[None]:
-    """Let Python not look for cycles among all the new objects: that takes a third of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            # Frozen and thawed they are old, at once. Else the next two collections of young
-            # objects look at all of them and hold everything up: 5 s for 100,000 conversations.
-            gc.freeze()
-            gc.unfreeze()
-            gc.enable()
 
 
 def _datums_of(
@@ -220,7 +203,7 @@ def _datum(
     model_input: tinker.ModelInput, weights: list[float], max_length: int, reduction: Reduction
 ) -> tinker.Datum:
     """The cookbook's shift, cut and reduction."""
-    with libraries.one_at_a_time:
+    with libraries.loading():
         import torch
         from tinker_cookbook.supervised.common import datum_from_model_input_weights
 

@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from tinker_mcp import garbage
 from tinker_mcp.training.exports import Exported, ExportFormat, ExportJob
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def run(job: ExportJob) -> Exported:
 
 def _reference(job: ExportJob) -> tuple[str, str, list[float]]:
     """The base model's folder or hub name, its Tinker name, and the checkpoint's logprobs."""
-    import tinker
+    with garbage.while_importing():
+        import tinker
 
     with tinker.ServiceClient(user_metadata={"client": "tinker-mcp export"}) as service:
         client = service.create_training_client_from_state(job.state).result()
@@ -111,7 +113,8 @@ def _reference(job: ExportJob) -> tuple[str, str, list[float]]:
 
 def _built(job: ExportJob, base: str, workshop: Path) -> tuple[Path, str]:
     """The folder that was built, and a remark on it."""
-    from tinker_cookbook import weights
+    with garbage.while_importing():
+        from tinker_cookbook import weights
 
     adapter, built = workshop / "adapter", workshop / "built"
     weights.download(
@@ -173,8 +176,9 @@ def _untied(base: str, folder: Path) -> Path | None:
 
 def _loaded(export_format: ExportFormat, base: str, built: Path) -> torch.nn.Module:
     """The model as whoever uses the export will load it."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    with garbage.while_importing():
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     whole = str(built) if export_format == "merged" else base
     reads_images = hasattr(AutoConfig.from_pretrained(whole), "vision_config")

@@ -6,19 +6,32 @@ somebody will train. Where it is, a thread can do so while the agent thinks.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import threading
+from collections.abc import Iterator
 
-one_at_a_time = threading.RLock()
-"""Held where a library may be loaded: `from transformers import AutoTokenizer` raised ImportError
-in a thread while another one was loading what it belongs to."""
+from tinker_mcp import garbage
+
+_one_at_a_time = threading.RLock()
 
 _LIBRARIES = (  # in the order in which tools wait for them
     "tinker",
     "transformers.models.auto.tokenization_auto",  # brings torch._dynamo
     "tinker_cookbook.supervised.common",  # brings datasets
 )
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Where a library may be loaded: one thread at a time, and without garbage collections.
+
+    `from transformers import AutoTokenizer` raised ImportError in a thread while another one was
+    loading what it belongs to.
+    """
+    with _one_at_a_time, garbage.while_importing():
+        yield
 
 
 def are_loaded() -> bool:
@@ -35,5 +48,5 @@ def _is_loaded(name: str) -> bool:
 def load() -> None:
     """Load them. Blocks for seconds; the event loop of another thread for 0.3 s at a time."""
     for name in _LIBRARIES:
-        with one_at_a_time:
+        with loading():
             importlib.import_module(name)

@@ -73,7 +73,7 @@ class Advice:
 
 def learning_rate(model_name: str) -> Advice:
     """A LoRA learning rate to start from: the cookbook's formula, else its sweep's favourite."""
-    with libraries.one_at_a_time:
+    with libraries.loading():
         from tinker_cookbook.hyperparam_utils import get_lr
 
     if _is_in_cookbook(model_name):
@@ -154,7 +154,7 @@ def renderer(model_name: str, load_tokenizer: Callable[[], Any]) -> Advice:
 
 def _is_in_cookbook(model_name: str) -> bool:
     """Whether the cookbook has facts on the model; asking it for others looks on the network."""
-    with libraries.one_at_a_time:
+    with libraries.loading():
         from tinker_cookbook.exceptions import ConfigurationError
         from tinker_cookbook.model_info import get_model_attributes
 

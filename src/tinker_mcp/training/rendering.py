@@ -161,7 +161,7 @@ def load(backend: Backend, model_name: str, renderer_name: str | None) -> ModelR
         InvalidInputError: The tokenizer cannot be found, or the renderer is unknown or does not
             fit the tokenizer.
     """
-    with libraries.one_at_a_time:
+    with libraries.loading():
         from tinker_cookbook.renderers import get_renderer
 
     tokenizer = _tokenizer(model_name, backend.hub_cache)
@@ -218,7 +218,7 @@ def _quickened(tokenizer: Any) -> Any:
 def _loaded_tokenizer(model_name: str, hub_cache: Path | None) -> Any:
     if hub_cache is None:
         return _remote_tokenizer(model_name)
-    with libraries.one_at_a_time:
+    with libraries.loading():
         from transformers import AutoTokenizer
 
     try:
@@ -233,7 +233,7 @@ def _loaded_tokenizer(model_name: str, hub_cache: Path | None) -> Any:
 
 
 def _remote_tokenizer(model_name: str) -> Any:
-    with libraries.one_at_a_time:
+    with libraries.loading():
         from tinker_cookbook.tokenizer_utils import get_tokenizer
 
     try:

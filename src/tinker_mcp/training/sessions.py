@@ -101,7 +101,7 @@ def let_go(service: tinker.ServiceClient) -> None:
 
 def open_service(backend: Backend, run_id: str | None = None) -> tinker.ServiceClient:
     """A ServiceClient, in a thread: importing the SDK takes seconds."""
-    with libraries.one_at_a_time:
+    with libraries.loading():
         import tinker
 
     tags = {"client": "tinker-mcp"}
@@ -116,7 +116,7 @@ def open_service(backend: Backend, run_id: str | None = None) -> tinker.ServiceC
 
 def rest_client(backend: Backend) -> tinker.RestClient:
     """A RestClient, in a thread: the first one on a backend asks for its configuration."""
-    with libraries.one_at_a_time:
+    with libraries.loading():
         import tinker
 
     return tinker.RestClient(base_url=backend.base_url, api_key=backend.api_key)

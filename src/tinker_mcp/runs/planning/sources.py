@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinker_mcp import garbage
 from tinker_mcp.errors import TinkerMcpError
 from tinker_mcp.runs.planning.arguments import RunArguments
 from tinker_mcp.runs.planning.findings import Findings
@@ -55,7 +56,7 @@ class Rows:
     def units(self) -> Sequence[Sequence[tinker.Datum]]:
         """What a batch is made of: a datum, or a pair."""
         size = self.datums_a_unit
-        with datums.without_collections():
+        with garbage.while_building():
             return [self.datums[i : i + size] for i in range(0, len(self.datums), size)]
 
 
@@ -157,7 +158,7 @@ class _Made:
 
 @lru_cache(maxsize=4)  # estimate_cost, then start_run: each a training and a held-out file
 def _rendered(request: _Request) -> _Made:
-    with datums.without_collections():
+    with garbage.while_building():
         kind, examples, problems = _read(
             request.path, request.given, request.kinds, request.columns
         )
