@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import warnings
@@ -22,10 +23,27 @@ os.environ.update(HF_HUB_OFFLINE="1", TINKER_TELEMETRY="0", TOKENIZERS_PARALLELI
 # Before torch is: the tiny model gains nothing from a second thread, and on a busy machine two
 # that wait for each other are ten times as slow as one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Servers and workers begin with compiled modules, as installed ones do.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 for _name in ("TINKER_API_KEY", "TINKER_BASE_URL"):
     os.environ.pop(_name, None)
 
 _OURS = ("tinker_local", "tinker_mcp", "tinker-local", "tinker-mcp")
+
+
+# Until all tests are collected: what they import is no garbage, and looking takes half the time.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Have the collector look only at what the tests make."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: half as many again as there are cores; many tests wait for what they started."""
+    return max(2, 3 * (psutil.cpu_count() or 1) // 2)
 
 
 @pytest.hookimpl(trylast=True)

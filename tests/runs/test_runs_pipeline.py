@@ -145,7 +145,12 @@ async def test_no_task_is_pending_when_the_block_ends() -> None:
 @pytest.fixture(scope="module")
 def clocked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     """A server that picks work up once in CYCLE_S, as the hosted service does in ten seconds."""
+    import tinker
+
     server = start_server(tmp_path_factory.mktemp("clocked") / "state", "--cycle-s", str(CYCLE_S))
+    # The model is loaded for its first client, which can take longer than a cycle.
+    with tinker.ServiceClient(base_url=server.base_url, api_key=server.api_key) as service:
+        service.create_lora_training_client(TINY, rank=4).result(ANSWER_S)
     yield server
     server.stop()
 

@@ -35,8 +35,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running")
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """SmolLM2 where the runs of its home look for a backend."""
-    server = start_server(tmp_path_factory.mktemp("home") / "local", model=SMOLLM2)
+    """SmolLM2, as users have it, where the runs of its home look for a backend."""
+    home = tmp_path_factory.mktemp("home")
+    server = start_server(home / "local", "--dtype", "auto", model=SMOLLM2)
     yield server
     server.stop()
 

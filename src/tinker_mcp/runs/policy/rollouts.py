@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from tinker_mcp.runs.policy.completer import Policy, Usage
 from tinker_mcp.runs.policy.tasks import together
 from tinker_mcp.runs.prompts import Prompt
+from tinker_mcp.training import libraries
 from tinker_mcp.training.rendering import ModelRenderer
 from tinker_mcp.training.rewards.contract import Completion, Reward
 
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
 
 def load_cookbook() -> None:
     """Import what rollouts and steps need, which takes seconds. Blocks."""
-    import tinker_cookbook.rl.data_processing
-    import tinker_cookbook.rl.metric_util
-    import tinker_cookbook.rl.metrics
-    import tinker_cookbook.rl.rollout_strategy
-    import tinker_cookbook.rl.rollouts
-    import tinker_cookbook.utils.lr_scheduling  # noqa: F401 - all of them for their effect
+    with libraries.loading():
+        import tinker_cookbook.rl.data_processing
+        import tinker_cookbook.rl.metric_util
+        import tinker_cookbook.rl.metrics
+        import tinker_cookbook.rl.rollout_strategy
+        import tinker_cookbook.rl.rollouts
+        import tinker_cookbook.utils.lr_scheduling  # noqa: F401 - all of them for their effect
 
 
 @dataclass
