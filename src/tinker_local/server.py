@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from tinker_local import lifeline, running, weights
+from tinker_local import compiler_later, lifeline, running, weights
 from tinker_local.errors import UserInputError
 
 if TYPE_CHECKING:  # both load torch
@@ -79,6 +79,7 @@ def serve(options: ServeOptions) -> None:
             },
         )
         # Imported here: torch and transformers take seconds, and a wrong argument none.
+        compiler_later.stand_in()
         with _no_collections():
             from transformers.utils.logging import disable_progress_bar
 

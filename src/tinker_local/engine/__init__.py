@@ -4,10 +4,6 @@
 futures or of names under which checkpoints are listed.
 """
 
-from tinker_local.engine import compiler_later
-
-compiler_later.stand_in()
-
-from tinker_local.engine.torch_engine import TorchEngine  # noqa: E402 - imports transformers' models
+from tinker_local.engine.torch_engine import TorchEngine
 
 __all__ = ["TorchEngine"]

@@ -3,7 +3,7 @@
 transformers' modelling code, and torch's own initialization of weights, name it in decorators that
 tell it what to leave alone. That loads `torch._dynamo` and sympy with it: a quarter of the time in
 which the server starts, and 66 MB, where nothing is ever compiled. Stands in for it until anything
-else is asked of it.
+else is asked of it. For a process of our own alone: a library may count on what else that loads.
 """
 
 from __future__ import annotations
