@@ -15,8 +15,9 @@ from tests.mcp.agents import TINY
 from tests.mcp.host_process import Hosted, start
 from tests.servers import end_backends
 
-STEPS = 120  # longer than a server takes to start
-EVERY = 40
+STEPS = 180  # longer than a server takes to start
+EVERY = 60
+LENGTH = 40  # of a reply in words: so that a step takes its time
 SAVED = list(range(EVERY, STEPS + 1, EVERY))
 BOUND_S = 150.0
 WORDS = [f"{first}{second}" for first in ("red", "blue", "gold", "grey") for second in "abcdefgh"]
@@ -56,10 +57,11 @@ def rows(folder: Path) -> tuple[str, str]:
     with conversations.open("w") as told, pairs.open("w") as preferred:
         for word in WORDS:
             asked = {"role": "user", "content": f"Say {word}."}
-            right, wrong = (
-                {"role": "assistant", "content": content} for content in (f"{word}!", "No.")
+            right, wrong, long = (
+                {"role": "assistant", "content": content}
+                for content in (f"{word}!", "No.", f"{word}! " * LENGTH)
             )
-            told.write(json.dumps({"messages": [asked, right]}) + "\n")
+            told.write(json.dumps({"messages": [asked, long]}) + "\n")
             pair = {"prompt": [asked], "chosen": [right], "rejected": [wrong]}
             preferred.write(json.dumps(pair) + "\n")
     return str(conversations), str(pairs)
