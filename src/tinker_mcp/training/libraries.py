@@ -1,6 +1,6 @@
 """The heavy libraries of this process: whether they are there, and loading them before they are.
 
-They take five seconds of a processor and 400 MB, so nothing loads them before it is plain that
+They take three seconds of a processor and 400 MB, so nothing loads them before it is plain that
 somebody will train. Where it is, a thread can do so while the agent thinks.
 """
 
