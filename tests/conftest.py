@@ -41,9 +41,12 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-def pytest_xdist_auto_num_workers() -> int:
+def pytest_xdist_auto_num_workers() -> int | None:
     """`-n auto`: half as many again as there are cores; many tests wait for what they started."""
-    return max(2, 3 * (psutil.cpu_count() or 1) // 2)
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # as xdist itself reads it
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    return max(2, 3 * cores // 2)
 
 
 @pytest.hookimpl(trylast=True)

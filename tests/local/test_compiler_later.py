@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from servers import start_server
+
 BOUND_S = 60.0
 
 STAND_IN = """
@@ -78,3 +80,13 @@ def test_the_compiler_is_loaded_for_whoever_wants_it_and_nobody_else(
     command = [sys.executable, "-c", STAND_IN + program, str(tiny_folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=BOUND_S, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_server_starts_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # each import is a line on stderr
+    server = start_server(tmp_path / "state")
+    server.stop()
+    imported = {line.rpartition("|")[2].strip() for line in server.log.read_text().splitlines()}
+    assert "tinker_local.engine.torch_engine" in imported
+    assert "transformers.masking_utils" in imported
+    assert not {"torch._dynamo", "torch._dynamo.config", "sympy"} & imported
